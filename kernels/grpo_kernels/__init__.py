@@ -1,0 +1,1 @@
+"""The operations of GRPO as fused kernels."""
