@@ -69,7 +69,7 @@ class _Help(TrainConfig):
     """Folder of an interrupted run: go on from its last checkpoint with its settings."""
 
 
-def _field_kinds(section: type, prefix: str = "") -> dict[str, Any]:
+def _field_kinds(section: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted field name -> its type, sections excluded."""
     kinds: dict[str, Any] = {}
     for name, kind in get_type_hints(section).items():
