@@ -212,7 +212,8 @@ def _split(argv: list[str]) -> list[tuple[str, list[str]]]:
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             flag, equals, value = word[2:].partition("=")
-            flags.append((_known_flag(flag), [value] if equals else []))
+            name, negated = _known_flag(flag)
+            flags.append((name, ["false"] * negated + [value] * bool(equals)))
         elif not flags:
             raise UserError(f"unexpected argument {word!r}: settings are given as --section.field value")
         else:
@@ -220,18 +221,18 @@ def _split(argv: list[str]) -> list[tuple[str, list[str]]]:
     return flags
 
 
-def _known_flag(flag: str) -> str:
-    mapping = next((name for name in _MAPPINGS if flag.startswith(name + ".") and flag != name + "."), None)
-    if mapping:
-        return flag
+def _known_flag(flag: str) -> tuple[str, bool]:
+    """(name, whether it is the `no-` form of a switch)."""
+    if any(flag.startswith(name + ".") and flag != name + "." for name in _MAPPINGS):
+        return flag, False
     name = flag.replace("-", "_")
-    head, _, last = name.rpartition(".")
-    positive = f"{head}.{last[3:]}".lstrip(".")
+    if name in _KINDS or name in ("config", "dry_run", "resume"):
+        return name, False
+    head, dot, last = name.rpartition(".")
+    positive = head + dot + last.removeprefix("no_")
     if last.startswith("no_") and (_KINDS.get(positive) is bool or positive == "dry_run"):
-        return name
-    if name not in _KINDS and name not in ("config", "dry_run", "resume"):
-        raise UserError(f"unknown flag --{flag}{_hint(name).replace('_', '-').replace('mean ', 'mean --')}")
-    return name
+        return positive, True
+    raise UserError(f"unknown flag --{flag}{_hint(name).replace('_', '-').replace('mean ', 'mean --')}")
 
 
 def _one_path(special: dict[str, list[str]], name: str) -> Path | None:
@@ -253,12 +254,6 @@ def _take_flag(values: dict[str, tuple[Any, str]], name: str, words: list[str]) 
                 _COMMAND_LINE,
             )
             return
-    head, _, last = name.rpartition(".")
-    if name not in _KINDS:
-        name = f"{head}.{last.removeprefix('no_')}".lstrip(".")
-        if words:
-            raise UserError(f"--{head}.no-{name.rpartition('.')[2].replace('_', '-')} takes no value")
-        words = ["false"]
     kind = _KINDS[name]
     values[name] = (_convert(_from_words(words, kind), kind, name, _COMMAND_LINE), _COMMAND_LINE)
 
