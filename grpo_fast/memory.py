@@ -72,7 +72,9 @@ def count_parameters(config: PreTrainedConfig) -> ParameterCounts:
     )
 
 
-def activation_bytes(config: PreTrainedConfig, *, tokens: int, item: int, gradient_checkpointing: bool) -> int:
+def activation_bytes(
+    config: PreTrainedConfig, *, tokens: int, item: int, gradient_checkpointing: bool
+) -> int:
     """Bytes a packed row of `tokens` keeps for the backward pass of a gated, pre-norm decoder.
 
     A layer keeps, per position: two norms (input, its float32 copy and the normalised value each), queries,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from grpo_fast.attention import ATTENTION_NAME
 from grpo_fast.errors import UserError
 from grpo_fast.head import head_of
 from grpo_fast.packing import PackedBatch, pack
-from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +82,15 @@ class Policy(nn.Module):
         adapter = (Path(source) / "adapter_config.json").is_file()
         if adapter:
             if lora is not None:
-                raise UserError(f"model {path}: holds an adapter already; leave the LoRA settings out to train it on")
+                raise UserError(
+                    f"model {path}: holds an adapter already; leave the LoRA settings out to train it on"
+                )
             base = str(PeftConfig.from_pretrained(source).base_model_name_or_path)
         config = pretrained.load_config(base, "model")
         if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-            raise UserError(f"model {path}: is a {config.architectures[0]}; a causal language model is needed")
+            raise UserError(
+                f"model {path}: is a {config.architectures[0]}; a causal language model is needed"
+            )
         tokenizer = pretrained.load_tokenizer(source if _has_tokenizer(source) else base, "model")
         pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
         model = pretrained.load_model(
@@ -100,7 +104,9 @@ class Policy(nn.Module):
         if not adapter:
             return cls.from_model(model, tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing)
         try:
-            wrapped = PeftModel.from_pretrained(model, source, is_trainable=True, autocast_adapter_dtype=False)
+            wrapped = PeftModel.from_pretrained(
+                model, source, is_trainable=True, autocast_adapter_dtype=False
+            )
         except Exception as error:  # peft and safetensors raise several unrelated kinds for a broken adapter
             raise UserError(f"model {path}: cannot read the adapter: {pretrained.one_line(error)}") from error
         return cls._finish(model, tokenizer, wrapped, gradient_checkpointing)
@@ -217,7 +223,9 @@ class Policy(nn.Module):
         fully trained model has forgotten it: ask its `frozen_copy` instead.
         """
         if reference and not self.is_lora:
-            raise ValueError("reference=True needs LoRA; a fully trained policy is compared with its frozen_copy()")
+            raise ValueError(
+                "reference=True needs LoRA; a fully trained policy is compared with its frozen_copy()"
+            )
         with self.adapter_off() if reference else nullcontext():
             return linear_logprob(
                 self.hidden_states(batch), targets=batch.targets, temperature=temperature, **self._head()
@@ -293,8 +301,8 @@ class Policy(nn.Module):
             error = ((ours - logits).abs().max() / logits.abs().max()).item()
             if not error <= (1e-3 if exact else 3e-2):
                 raise UserError(
-                    f"{name}: hidden state x head differs from the model's logits by {error:.1%} of the largest; "
-                    "this head is not supported"
+                    f"{name}: hidden state x head differs from the model's logits by {error:.1%} of the "
+                    "largest; this head is not supported"
                 )
             alone_of.append(hidden[len(prompt) - 1 : -1].float())
         (batch,) = pack(prompts, completions, prompt_of=prompt_of, token_budget=4096)
@@ -305,8 +313,8 @@ class Policy(nn.Module):
         error, limit = (errors.max().item(), 1e-3) if exact else (errors.mean().item(), 8e-2)
         if not error <= limit:
             raise UserError(
-                f"{name}: hidden states of packed sequences differ from one-by-one by {error:.1%} (limit {limit:.1%}); "
-                "its layers leak between sequences in a row, this architecture is not supported"
+                f"{name}: hidden states of packed sequences differ from one-by-one by {error:.1%} (limit "
+                f"{limit:.1%}); its layers leak between sequences in a row; not supported"
             )
 
     def _check_sequences(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
@@ -345,12 +353,15 @@ def _add_lora(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
 
 
 def _refuse_lora_on_head(model: PreTrainedModel) -> None:
-    for role, module in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
+    for role, module in (
+        ("head", model.get_output_embeddings()),
+        ("embedding", model.get_input_embeddings()),
+    ):
         if isinstance(module, BaseTunerLayer) or hasattr(module, "modules_to_save"):
             name = next(name for name, found in model.named_modules() if found is module)
             raise UserError(
-                f"lora target_modules: {name} is the {role} of {type(model).__name__}, and an adapter on it is not "
-                "supported; take it out (all-linear leaves it out)"
+                f"lora target_modules: {name} is the {role} of {type(model).__name__}, and an adapter on it "
+                "is not supported; take it out (all-linear leaves it out)"
             )
 
 

@@ -46,7 +46,9 @@ def as_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:
-            raise UserError(f"device {device}: this machine has {count} usable CUDA devices; use device = cpu")
+            raise UserError(
+                f"device {device}: this machine has {count} usable CUDA devices; use device = cpu"
+            )
     return found
 
 
@@ -113,8 +115,8 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
     ids = tokenizer.encode(ROUND_TRIP_TEXT, add_special_tokens=False)
     back = tokenizer.decode(ids, skip_special_tokens=False)
     raise UserError(
-        f"{what}: the tokenizer ({type(tokenizer).__name__}) does not bring text back: {ROUND_TRIP_TEXT!r} became "
-        f"{len(ids)} tokens and then {back!r}; save the tokenizer in the form its model type expects"
+        f"{what}: the tokenizer ({type(tokenizer).__name__}) does not bring text back: {ROUND_TRIP_TEXT!r} "
+        f"became {len(ids)} tokens and then {back!r}; save it in the form the model type expects"
     )
 
 
@@ -141,8 +143,8 @@ def check_architecture(model_class: type, config: PreTrainedConfig, what: str) -
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - PACKABLE_LAYERS
     if kinds:
         raise UserError(
-            f"{what}: {name} has layers of kind {', '.join(sorted(kinds))}, which leak between sequences packed "
-            "into one row; only full and sliding-window attention is supported"
+            f"{what}: {name} has layers of kind {', '.join(sorted(kinds))}, which leak between sequences "
+            "packed into one row; only full and sliding-window attention is supported"
         )
 
 
@@ -164,7 +166,9 @@ def load_model(
     try:
         model_class = auto_class._model_mapping[type(config)]
     except KeyError as error:
-        raise UserError(f"{what} {path}: model type {config.model_type} has no {auto_class.__name__}") from error
+        raise UserError(
+            f"{what} {path}: model type {config.model_type} has no {auto_class.__name__}"
+        ) from error
     check_architecture(model_class, config, f"{what} {path}")
     try:
         model, info = auto_class.from_pretrained(
@@ -188,7 +192,7 @@ def load_model(
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout layer to 0: the ratio of a token's probabilities must be 1 before the first update."""
+    """Set every dropout layer to 0: before the first update a token's probability ratio must be 1."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
