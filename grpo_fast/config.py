@@ -46,11 +46,11 @@ class DataSettings:
     """The prompts."""
 
     prompts: str = ""
-    """Training prompts: .jsonl, .json, .parquet or .csv file, or hub id; empty: the miniature's."""
+    """Training prompts: .jsonl, .json, .parquet or .csv file, or hub id[:subset]; empty: the miniature's."""
     eval_prompts: str = ""
-    """Held-out prompts, file or hub id; empty: the last eval_size rows of the training prompts."""
+    """Held-out prompts, the same forms; empty: evenly spaced rows leave the training prompts."""
     prompt_column: str = "prompt"
-    """Column that holds the prompt: a text, or a list of chat messages (messages is tried after it)."""
+    """Column of the prompt, a text or a list of chat messages; where it is absent, messages is read."""
     split: str = "train"
     """Hub data sets: the split the training prompts come from."""
     eval_split: str = "test"
@@ -58,7 +58,7 @@ class DataSettings:
     max_prompt_tokens: int = 512
     """Longest prompt accepted, in tokens, chat template included; a longer one is an error."""
     eval_size: int = 128
-    """Number of held-out prompts evaluated before, during and after training."""
+    """Held-out prompts evaluated before, during and after training (the miniature's too)."""
     system_prompt: str = ""
     """System message put before every prompt that has none (it makes plain prompts chats)."""
 

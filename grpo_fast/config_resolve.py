@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 
 import torch
+from grpo_kernels import LossConfig
 
 from grpo_fast.config import TrainConfig
 from grpo_fast.config_check import FieldError
 from grpo_fast.errors import UserError
-from grpo_kernels import LossConfig
 
 # What a preset's paper divides and compares by, where that is not our default.
 _PRESET_ADVANTAGE = {
-    "dr_grpo": ("gdpo", "none"),
+    "dr_grpo": ("scalarized", "none"),
     "rloo": ("leave_one_out", "none"),
     "reinforce_pp": ("scalarized", "batch"),
 }
