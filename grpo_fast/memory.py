@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -37,9 +38,9 @@ class MemoryEstimate:
     reference: int
     """The frozen reference of full fine-tuning with kl_coef > 0; LoRA needs none."""
     gradients: int
-    """One number a trainable parameter, in its dtype."""
+    """One float32 number a trainable parameter (micro-batches are added up in float32)."""
     optimizer: int
-    """AdamW's two float32 moments and, for bfloat16 parameters, the float32 master copy."""
+    """AdamW's two float32 moments (Adafactor: next to nothing) and, for bfloat16 parameters, the float32 masters."""
     activations: int
     """What one micro-batch keeps for its backward pass."""
     head_scratch: int
@@ -110,6 +111,7 @@ def memory_estimate(
     rollout_tokens: int = 0,
     reward_model: PreTrainedConfig | None = None,
     reward_dtype: torch.dtype = torch.float32,
+    optimizer: Literal["adamw", "adafactor"] = "adamw",
     head_scratch_bytes: int = HEAD_SCRATCH_BYTES,
 ) -> MemoryEstimate:
     """Estimate a training step of the policy `config` describes.
@@ -137,8 +139,8 @@ def memory_estimate(
     return MemoryEstimate(
         parameters=(counts.total + adapter) * item,
         reference=counts.total * item if full and needs_reference else 0,
-        gradients=trainable * item,
-        optimizer=trainable * (8 if item == 4 else 12),
+        gradients=trainable * 4,
+        optimizer=trainable * ((8 if optimizer == "adamw" else 0) + (0 if item == 4 else 4)),
         activations=activation_bytes(
             config, tokens=token_budget, item=item, gradient_checkpointing=gradient_checkpointing
         ),
