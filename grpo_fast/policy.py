@@ -314,21 +314,16 @@ class Policy(nn.Module):
     def _check_alone(self, prompt: list[int], completion: list[int], limit: float) -> Tensor:
         """Hidden states (len(completion), H) that predict `completion`, once their logits are the model's."""
         ids = torch.tensor([prompt + completion], device=self.device)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        head = head_of(self.model)
-        ours = hidden @ head.weight.float().T * head.logit_scale
-        if head.bias is not None:
-            ours = ours + head.bias.float()
-        if head.softcap is not None:
-            ours = head.softcap * torch.tanh(ours / head.softcap)
+        ours = head_of(self.model).logits(hidden)
         error = ((ours - logits).abs().max() / logits.abs().max()).item()
         if not error <= limit:
             raise UserError(
                 f"{type(self.model).__name__}: hidden state x head differs from the model's logits by "
                 f"{error:.1%} of the largest; this head is not supported"
             )
-        return hidden[len(prompt) - 1 : -1]
+        return hidden[len(prompt) - 1 : -1].float()
 
     def _check_sequences(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Two prompts and five short completions of ordinary tokens, always the same."""
