@@ -8,6 +8,7 @@ completion token reach the head, and the N x V logits never exist (`grpo_kernels
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -280,7 +281,8 @@ class Policy(nn.Module):
     def self_check(self) -> None:
         """Compare the packed path with the model's own on a few tokens of this very model.
 
-        1. Hidden states of packed completions that share a prompt equal those of each sequence alone.
+        1. Hidden states of packed completions that share a prompt equal those of each sequence alone under
+           the model's own (eager) attention.
         2. Hidden state x head (softcap, scale, bias) equals the model's own logits.
 
         Raises UserError with the numbers found: such a model (convolution or recurrence beside attention, a
@@ -288,23 +290,15 @@ class Policy(nn.Module):
         """
         name, exact = type(self.model).__name__, self.model.dtype == torch.float32
         prompts, completions, prompt_of = self._check_sequences()
-        head = head_of(self.model)
-        alone_of = []
-        for i, completion in enumerate(completions):
-            prompt = prompts[prompt_of[i]]
-            ids = torch.tensor([prompt + completion], device=self.device)
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-            logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            ours = hidden.float() @ head.weight.float().T * head.logit_scale
-            ours = ours if head.bias is None else ours + head.bias.float()
-            ours = ours if head.softcap is None else head.softcap * torch.tanh(ours / head.softcap)
-            error = ((ours - logits).abs().max() / logits.abs().max()).item()
-            if not error <= (1e-3 if exact else 3e-2):
-                raise UserError(
-                    f"{name}: hidden state x head differs from the model's logits by {error:.1%} of the "
-                    "largest; this head is not supported"
-                )
-            alone_of.append(hidden[len(prompt) - 1 : -1].float())
+        ours = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            alone_of = [
+                self._check_alone(prompts[owner], completion, 1e-3 if exact else 3e-2)
+                for owner, completion in zip(prompt_of, completions, strict=True)
+            ]
+        finally:
+            self.model.set_attn_implementation(ours)
         (batch,) = pack(prompts, completions, prompt_of=prompt_of, token_budget=4096)
         packed = self.hidden_states(batch.to(self.device)).float()
         alone = torch.cat([alone_of[i] for i in batch.sequence_index.tolist()])
@@ -316,6 +310,20 @@ class Policy(nn.Module):
                 f"{name}: hidden states of packed sequences differ from one-by-one by {error:.1%} (limit "
                 f"{limit:.1%}); its layers leak between sequences in a row; not supported"
             )
+
+    def _check_alone(self, prompt: list[int], completion: list[int], limit: float) -> Tensor:
+        """Hidden states (len(completion), H) that predict `completion`, once their logits are the model's."""
+        ids = torch.tensor([prompt + completion], device=self.device)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = head_of(self.model).logits(hidden)
+        error = ((ours - logits).abs().max() / logits.abs().max()).item()
+        if not error <= limit:
+            raise UserError(
+                f"{type(self.model).__name__}: hidden state x head differs from the model's logits by "
+                f"{error:.1%} of the largest; this head is not supported"
+            )
+        return hidden[len(prompt) - 1 : -1].float()
 
     def _check_sequences(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Two prompts and five short completions of ordinary tokens, always the same."""
@@ -344,8 +352,12 @@ def _add_lora(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        # Adapters in the model's own dtype: the optimizer keeps the float32 copies.
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+        with (
+            warnings.catch_warnings()
+        ):  # peft asks for a property transformers renamed; tied heads are refused below
+            warnings.simplefilter("ignore")
+            # Adapters in the model's own dtype: the optimizer keeps the float32 copies.
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora target_modules {targets}: {pretrained.one_line(error)}") from error
     assert isinstance(wrapped, PeftModel)

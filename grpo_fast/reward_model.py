@@ -166,7 +166,9 @@ class RewardModel(nn.Module):
         ).last_hidden_state[0]
         score = cast(nn.Linear, self.model.score)
         bias = None if score.bias is None else score.bias.float()
-        return F.linear(hidden.index_select(0, batch.last_index).float(), score.weight.float(), bias)
+        return F.linear(
+            hidden.index_select(0, cast(Tensor, batch.last_index)).float(), score.weight.float(), bias
+        )
 
     def to_units(self, outputs: Tensor) -> Tensor:
         """Normalised outputs (S, R) in the labels' unit; for a binary head the probability of 1."""
@@ -278,25 +280,23 @@ class RewardModel(nn.Module):
         padding = self.model.config.get_text_config().pad_token_id
         kept: list[list[int]] = []
         for i, ids in enumerate(completion_ids):
-            end = len(ids)
-            while end and ids[end - 1] == padding:
-                end -= 1
-            if end:
-                kept.append(ids[:end])
-                continue
-            # Nothing left of the reply: the prompt's last token is read.
-            whole = prompts[owner[i]]
-            end = len(whole)
-            while end > 1 and whole[end - 1] == padding:
-                end -= 1
-            if not whole:
-                raise UserError(
-                    f"reward model: prompt {owner[i]} and its reply {i} are both empty; nothing to score"
-                )
-            owner[i] = len(prompts)
-            prompts.append(whole[: end - 1])
-            kept.append(whole[end - 1 : end])
+            prompt = prompts[owner[i]]
+            if not prompt and not ids:
+                raise UserError(f"reward model: prompt {owner[i]} and its reply {i} are both empty")
+            kept.append(_without_padding(ids, padding))
+            if not prompt or (not kept[i] and prompt[-1] == padding):
+                row = _without_padding(prompt + ids, padding) or [padding]
+                owner[i] = len(prompts)
+                prompts.append(row[:1])
+                kept[i] = row[1:]
         return pack(prompts, kept, prompt_of=owner, token_budget=token_budget, keep_last=True)
+
+
+def _without_padding(ids: list[int], padding: int | None) -> list[int]:
+    end = len(ids)
+    while end and ids[end - 1] == padding:
+        end -= 1
+    return ids[:end]
 
 
 def _model_class(config: PreTrainedConfig, name: str) -> type:

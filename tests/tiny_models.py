@@ -1,4 +1,4 @@
-"""Tiny models and a byte-level tokenizer, built in memory, for the tests of the policy and the reward model."""
+"""Tiny models and a byte-level tokenizer, built in memory."""
 
 from __future__ import annotations
 
