@@ -48,7 +48,7 @@ class RewardFunctions:
 
         So that a function that fails does so before a model is loaded.
         """
-        rows = rows[:2]
+        rows = rows[:2] or [Row("This stands for a prompt.", {}, "no row")]
         self(
             [row.plain for row in rows],
             ["This stands for a completion."] * len(rows),

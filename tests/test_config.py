@@ -28,10 +28,7 @@ from grpo_fast.config import (
 )
 from grpo_fast.config_check import FieldError, flatten
 from grpo_fast.config_cli import parse, to_toml
-from grpo_fast.config_resolve import (
-    advantage_choice,
-    loss_config,
-)
+from grpo_fast.config_resolve import advantage_choice, loss_config
 from grpo_fast.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))

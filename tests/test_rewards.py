@@ -249,6 +249,7 @@ def test_probe_finds_names_and_failures_with_two_rows():
         "polite",
         "safe",
     ]
+    assert RewardFunctions(["my_rewards:length"]).probe([]) == ["length"]
     with pytest.raises(UserError, match="KeyError"):
         RewardFunctions(["my_rewards:raises"]).probe(rows)
 
