@@ -36,6 +36,7 @@ def test_parameters_are_counted_exactly(family: str):
 def test_activations_are_near_what_autograd_keeps(checkpointing: bool):
     wide = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
     policy = Policy.from_model(causal_model(**wide), byte_tokenizer(), gradient_checkpointing=checkpointing)
+    policy.model.set_attn_implementation("sdpa")  # keeps no probabilities, as on a GPU
     (batch,) = pack([[1] * 100], [[2] * 101], token_budget=4096)
     kept: dict[int, int] = {}
     weights = {p.data_ptr() for p in policy.parameters()}
@@ -56,7 +57,7 @@ def test_activations_are_near_what_autograd_keeps(checkpointing: bool):
     if checkpointing:
         layer_alone = estimate / wide["num_hidden_layers"]
         estimate = activation_bytes(config, tokens=tokens, item=4, gradient_checkpointing=True) - layer_alone
-    assert measured == pytest.approx(estimate, rel=0.35)
+    assert measured == pytest.approx(estimate, rel=0.1)
 
 
 def test_seven_billion_parameters():
