@@ -1,0 +1,152 @@
+"""The output head as the kernels see it: arguments checked, backend chosen, scratch sized.
+
+N tokens, H hidden size, V vocabulary.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS = ("auto", "torch", "triton")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_log = logging.getLogger("grpo_kernels")
+_announced: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = logit_scale · cap(hidden weightᵀ + bias), cap(x) = softcap · tanh(x / softcap) where softcap is set."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    targets: Tensor  # (N,) int64
+    bias: Tensor | None  # (V,)
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """Dtype of logits, sums and results: float32, or float64 for float64 inputs (gradient checks)."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def scale(self) -> float:
+        """Factor from capped logits to exponents."""
+        return self.logit_scale / self.temperature
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients to compute."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    entropy: bool = False  # the coefficients carry a derivative by the entropy
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+# Takes the rows of a chunk, their log-probs and entropies; returns the loss's derivatives by both.
+Coefficients = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What one pass over the head gives; gradients are those asked for."""
+
+    logprobs: Tensor  # (N,) accumulation dtype
+    entropy: Tensor  # (N,) accumulation dtype
+    hidden: Tensor | None  # (N, H) dtype of hidden
+    weight: Tensor | None  # (V, H) dtype of weight
+    bias: Tensor | None  # (V,) dtype of bias
+
+
+def make_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> Head:
+    """Checks shapes, dtypes, devices and ranges (targets' range only on the CPU: no synchronisation)."""
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden must have shape (N, H), got {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
+        raise ValueError(f"weight must have shape (V, H) = (V, {hidden.shape[1]}), got {tuple(weight.shape)}")
+    count, vocabulary = hidden.shape[0], weight.shape[0]
+    if hidden.dtype not in _DTYPES:
+        raise TypeError(f"hidden must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    if targets.shape != (count,):
+        raise ValueError(f"targets must have shape (N,) = ({count},), got {tuple(targets.shape)}")
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"targets must be int32 or int64, got {targets.dtype}")
+    if bias is not None and bias.shape != (vocabulary,):
+        raise ValueError(f"bias must have shape (V,) = ({vocabulary},), got {tuple(bias.shape)}")
+    for name, value in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+    if (
+        targets.device.type == "cpu"
+        and count
+        and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary
+    ):
+        worst = int(targets.min()) if int(targets.min()) < 0 else int(targets.max())
+        raise ValueError(f"targets must lie in [0, V) = [0, {vocabulary}), got {worst}")
+    return Head(hidden, weight, targets.long(), bias, float(temperature), softcap, float(logit_scale))
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolves ``auto``: triton on CUDA, torch elsewhere and for float64. Logs each choice once.
+
+    Raises:
+        ValueError: unknown backend, or one that cannot run on this device or dtype.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend != "auto":
+        if backend == "triton" and dtype == torch.float64:
+            raise ValueError("backend 'triton' does not take float64; use backend='torch'")
+        return backend
+    chosen = "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
+    if (device.type, chosen) not in _announced:
+        _announced.add((device.type, chosen))
+        _log.info("loss head on %s: backend %s", device.type, chosen)
+    return chosen
+
+
+def chunk_rows(count: int, bytes_per_row: int, budget: int) -> int:
+    """Rows per chunk: as few chunks as the byte budget allows, of equal size."""
+    most = max(1, budget // max(1, bytes_per_row))
+    return max(1, math.ceil(count / max(1, math.ceil(count / most))))
+
+
+def run_head(head: Head, needs: Needs, coefficients: Coefficients | None, backend: str) -> HeadOutput:
+    """One pass over token chunks on the chosen backend; gradients need coefficients."""
+    if choose_backend(backend, head.hidden.device, head.hidden.dtype) == "triton":
+        from ._triton_head import triton_head  # imports triton, which only this backend needs
+
+        return triton_head(head, needs, coefficients)
+    from ._torch_head import torch_head
+
+    return torch_head(head, needs, coefficients)

@@ -1,0 +1,386 @@
+"""The table of per-token losses: value and derivative by the token's log-prob, written out.
+
+N tokens, S sequences. Everything here is elementwise over N (or a sum over a sequence), tiny beside the
+product with the vocabulary, so one set of PyTorch expressions serves every backend.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .loss_config import LossConfig
+
+RATIO_LIMIT = 20.0  # |log ratio| beyond this is clamped and has no gradient
+GAMMA_FLOOR = -18.420680743952367  # log 1e-8
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the loss knows of each token before its log-prob. All (N,) tensors of the accumulation dtype."""
+
+    advantages: Tensor
+    weights: Tensor  # aggregation weight over the normalizer; 0 where masked
+    active: Tensor  # bool: in the loss mask and not without effect
+    old: Tensor | None
+    ref: Tensor | None
+    rollout: Tensor | None
+    sequence: Tensor | None  # int64 index of each token's sequence
+    cu_seqlens: Tensor | None  # (S+1,) int64
+
+    def rows(self, index: slice | Tensor) -> "Tokens":
+        """The tokens of a slice or an index; without the sequence boundaries, which no longer hold."""
+
+        def pick(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[index]
+
+        return Tokens(
+            advantages=self.advantages[index],
+            weights=self.weights[index],
+            active=self.active[index],
+            old=pick(self.old),
+            ref=pick(self.ref),
+            rollout=pick(self.rollout),
+            sequence=None,
+            cu_seqlens=None,
+        )
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Loss of each token and its derivatives, weights included."""
+
+    loss: Tensor  # (N,)
+    by_logprob: Tensor  # (N,)
+    by_entropy: Tensor | None  # (N,), None when the entropy carries no gradient
+    metrics: dict[str, Tensor]
+
+
+def prepare(
+    config: LossConfig,
+    count: int,
+    advantages: Tensor,  # (N,) or (S,)
+    *,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: float | Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tokens:
+    """Checks the arguments that all losses share and brings them to per-token form."""
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
+    if config.kl_coef != 0.0 and ref_logprobs is None:
+        raise ValueError(f"kl_coef = {config.kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
+    if config.mismatch != "none" and rollout_logprobs is None:
+        raise ValueError(f"mismatch = {config.mismatch!r} needs rollout_logprobs")
+    if config.needs_sequences and cu_seqlens is None:
+        raise ValueError(
+            f"cu_seqlens is needed by aggregation={config.aggregation!r}, ratio_level={config.ratio_level!r}, "
+            f"surrogate={config.surrogate!r}, mismatch={config.mismatch!r}"
+        )
+    if config.aggregation == "constant" and normalizer is None:
+        raise ValueError(
+            "aggregation='constant' needs a normalizer, e.g. the number of sequences, or that times the token budget"
+        )
+
+    def per_token(name: str, value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        if value.shape != (count,):
+            raise ValueError(f"{name} must have shape (N,) = ({count},), got {tuple(value.shape)}")
+        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+
+    sequence = bounds = None
+    if cu_seqlens is not None:
+        if (
+            cu_seqlens.ndim != 1
+            or cu_seqlens.numel() < 1
+            or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        ):
+            raise ValueError(
+                f"cu_seqlens must be int32 or int64 of shape (S+1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            )
+        if cu_seqlens.device.type == "cpu":
+            steps = cu_seqlens.diff()
+            if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != count or bool((steps < 0).any()):
+                raise ValueError(f"cu_seqlens must rise from 0 to N = {count}, got {_short(cu_seqlens)}")
+        bounds = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
+        sequence = torch.searchsorted(bounds, torch.arange(count, device=device), right=True) - 1
+
+    if loss_mask is None:
+        counted = torch.ones(count, dtype=torch.bool, device=device)
+    else:
+        if loss_mask.dtype.is_floating_point or loss_mask.shape != (count,):
+            raise ValueError(
+                f"loss_mask must be bool or integer of shape (N,) = ({count},), "
+                f"got {loss_mask.dtype} {tuple(loss_mask.shape)}"
+            )
+        counted = loss_mask.to(device=device, non_blocking=True) != 0
+
+    sequences = None if bounds is None else bounds.numel() - 1
+    by_sequence = advantages.shape == (sequences,) and advantages.shape != (count,)
+    if by_sequence:
+        assert sequence is not None
+        advantage = advantages.detach().to(device=device, dtype=dtype, non_blocking=True)[sequence]
+    elif advantages.shape == (count,):
+        advantage = advantages.detach().to(device=device, dtype=dtype, non_blocking=True)
+    else:
+        wanted = f"(N,) = ({count},)" + ("" if sequences is None else f" or (S,) = ({sequences},)")
+        raise ValueError(f"advantages must have shape {wanted}, got {tuple(advantages.shape)}")
+
+    # A token without advantage carries nothing, unless another term acts on it or others average over it.
+    active = counted
+    if config.skips_zero_advantage(by_sequence):
+        active = counted & (advantage != 0)
+
+    weights = counted.to(dtype)
+    if config.aggregation == "sequence_mean":
+        assert sequence is not None and bounds is not None
+        weights = weights / sequence_sum(weights, bounds).clamp(min=1.0)[sequence]
+        divisor = sequences if normalizer is None else normalizer
+    elif config.aggregation == "token_mean":
+        divisor = weights.sum().clamp(min=1.0) if normalizer is None else normalizer
+    else:
+        divisor = normalizer
+    if isinstance(divisor, Tensor):
+        if divisor.ndim != 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(divisor.shape)}")
+        divisor = divisor.detach().to(device=device, dtype=dtype, non_blocking=True)
+    elif divisor is None or divisor < 0 or (divisor == 0 and count > 0):
+        raise ValueError(f"normalizer must be positive, got {divisor}")
+    weights = weights / divisor
+
+    return Tokens(
+        advantages=advantage,
+        weights=weights,
+        active=active,
+        old=per_token("old_logprobs", old_logprobs),
+        ref=per_token("ref_logprobs", ref_logprobs),
+        rollout=per_token("rollout_logprobs", rollout_logprobs),
+        sequence=sequence,
+        cu_seqlens=bounds,
+    )
+
+
+def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sums of (N,) values over each sequence: (S,). Deterministic, no synchronisation."""
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True, initial=0)
+
+
+def sequence_mean(values: Tensor, tokens: Tokens) -> Tensor:
+    """Mean over the active tokens of each token's sequence, at every token: (N,)."""
+    assert tokens.cu_seqlens is not None and tokens.sequence is not None
+    count = sequence_sum(tokens.active.to(values.dtype), tokens.cu_seqlens).clamp(min=1.0)
+    total = sequence_sum(torch.where(tokens.active, values, 0.0), tokens.cu_seqlens)
+    return (total / count)[tokens.sequence]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where a surrogate is evaluated; all (N,)."""
+
+    logprobs: Tensor
+    advantages: Tensor
+    log_ratio: Tensor  # of the chosen level, unclamped
+    ratio: Tensor
+    inside: Tensor  # 1 where the clamp on the log ratio is not at work, else 0
+    log_product: Tensor | None  # log of the product of the sequence's ratios (surrogate gamma)
+
+
+# Each row returns (loss, d loss / d log-ratio or log-prob). A surrogate that detaches its ratio differentiates by
+# the token's own log-prob; the others by the log ratio, whatever its level.
+def _clip(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
+    free = at.ratio if config.ratio_cap is None else at.ratio.clamp(max=config.ratio_cap)
+    bounded = at.ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    free_gain, bounded_gain = free * at.advantages, bounded * at.advantages
+    gain = torch.minimum(free_gain, bounded_gain)
+    flows = free_gain <= bounded_gain
+    if config.ratio_cap is not None:
+        flows &= at.ratio <= config.ratio_cap
+    if config.dual_clip is not None:
+        floor = torch.where(at.advantages < 0, config.dual_clip * at.advantages, -torch.inf)
+        flows &= gain >= floor
+        gain = torch.maximum(gain, floor)
+    return -gain, torch.where(flows, -at.advantages * at.ratio * at.inside, 0.0)
+
+
+def _cispo(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
+    coefficient = -at.ratio.clamp(max=1.0 + config.clip_high) * at.advantages
+    return coefficient * at.logprobs, coefficient
+
+
+def _sapo(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
+    tau = torch.where(at.advantages >= 0, config.sapo_tau_pos, config.sapo_tau_neg)
+    gate = torch.sigmoid(tau * (at.ratio - 1.0))
+    slope = 4.0 * gate * (1.0 - gate)
+    return -at.advantages * gate * 4.0 / tau, -at.advantages * at.ratio * slope * at.inside
+
+
+def _gamma(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
+    assert at.log_product is not None
+    positive = at.advantages >= 0
+    k = torch.where(positive, config.gamma_pos[0], config.gamma_neg[0])
+    lam = torch.where(positive, config.gamma_pos[1], config.gamma_neg[1])
+    log_w = at.log_product.clamp(GAMMA_FLOOR, RATIO_LIMIT)
+    coefficient = -torch.exp(lam + k * log_w - lam * log_w.exp()) * at.advantages
+    return coefficient * at.logprobs, coefficient
+
+
+def _reinforce(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
+    return -at.advantages * at.logprobs, -at.advantages
+
+
+_SURROGATES: dict[str, Callable[[_Point, LossConfig], tuple[Tensor, Tensor]]] = {
+    "clip": _clip,
+    "cispo": _cispo,
+    "sapo": _sapo,
+    "gamma": _gamma,
+    "reinforce": _reinforce,
+}
+_DIFFERENTIATES_RATIO = ("clip", "sapo")
+
+
+# Each row takes d = ref - logprob, the token ratio and its clamp's gradient; returns (kl, d kl / d logprob).
+def _k1(d: Tensor, ratio: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    return -d, torch.ones_like(d)
+
+
+def _k2(d: Tensor, ratio: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    return d * d / 2, -d
+
+
+def _k3(d: Tensor, ratio: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    # exp goes on as its tangent past the limit: finite, and the gradient keeps its sign.
+    capped = d.clamp(max=RATIO_LIMIT)
+    growth = torch.expm1(capped)
+    return growth + (growth + 1.0) * (d - capped) - d, -growth
+
+
+def _k3_corrected(d: Tensor, ratio: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _k3(d, ratio, inside)
+    return ratio * value, ratio * (slope + value * inside)
+
+
+_KLS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "k1": _k1,
+    "k2": _k2,
+    "k3": _k3,
+    "k3_corrected": _k3_corrected,
+}
+
+
+def _mismatch_weight(gap: Tensor, tokens: Tokens, config: LossConfig) -> Tensor:
+    """Weight of the surrogate from gap = old - rollout, (N,)."""
+    if config.mismatch == "sequence_mask":
+        gap = sequence_mean(gap, tokens)
+    weight = gap.clamp(-RATIO_LIMIT, RATIO_LIMIT).exp()
+    if config.mismatch == "truncate":
+        return weight.clamp(max=config.mismatch_high)
+    kept = (weight >= config.mismatch_low) & (weight <= config.mismatch_high)
+    return torch.where(kept, weight, 0.0)
+
+
+def _top_entropy(entropy: Tensor, counted: Tensor, share: float) -> Tensor:
+    """Which tokens belong to the share of highest entropy; no synchronisation."""
+    ranked = torch.where(counted, entropy, -torch.inf).sort(descending=True).values
+    last = (counted.sum() * share).ceil().long().clamp(min=1) - 1
+    return entropy >= ranked.gather(0, last.unsqueeze(0))
+
+
+def evaluate(
+    config: LossConfig, tokens: Tokens, logprobs: Tensor, entropy: Tensor | None, *, measure: bool = True
+) -> TokenLoss:
+    """Loss, derivatives and (to measure) metrics of these tokens. Inactive tokens may hold anything."""
+    active = tokens.active
+    logprobs = torch.where(active, logprobs, 0.0)
+    old = logprobs if tokens.old is None else torch.where(active, tokens.old, 0.0)
+    log_ratio = logprobs - old
+    token_ratio, token_inside = _clamped_exp(log_ratio)
+    level, log_product = log_ratio, None
+    if config.ratio_level == "sequence":
+        level = sequence_mean(log_ratio, tokens)
+    elif config.surrogate == "gamma":
+        assert tokens.cu_seqlens is not None and tokens.sequence is not None
+        log_product = sequence_sum(log_ratio, tokens.cu_seqlens)[tokens.sequence]
+    ratio, inside = (token_ratio, token_inside) if level is log_ratio else _clamped_exp(level)
+    at = _Point(logprobs, tokens.advantages, level, ratio, inside, log_product)
+    surrogate, slope = _SURROGATES[config.surrogate](at, config)
+
+    weights = torch.where(active, tokens.weights, 0.0)
+    kept = weights
+    correction = divergence = None
+    if config.mismatch != "none":
+        assert tokens.rollout is not None
+        correction = _mismatch_weight(torch.where(active, old - tokens.rollout, 0.0), tokens, config)
+        kept = kept * correction
+    if config.entropy_quantile is not None:
+        if entropy is None:
+            raise ValueError("entropy_quantile needs the entropy of every token")
+        kept = torch.where(_top_entropy(entropy, active, config.entropy_quantile), kept, 0.0)
+    if config.off_policy_threshold is not None:
+        drift = sequence_mean(-log_ratio, tokens)
+        kept = torch.where((tokens.advantages < 0) & (drift > config.off_policy_threshold), 0.0, kept)
+
+    loss, by_logprob = kept * surrogate, kept * slope
+    if config.ratio_level == "sequence" and config.surrogate in _DIFFERENTIATES_RATIO:
+        # every token of a sequence moves the one ratio that all of its terms share
+        by_logprob = torch.where(active, sequence_mean(by_logprob, tokens), 0.0)
+    if tokens.ref is not None:
+        distance = torch.where(active, tokens.ref, 0.0) - logprobs
+        divergence, divergence_slope = _KLS[config.kl](distance, token_ratio, token_inside)
+        if config.kl_coef != 0.0:
+            loss = loss + config.kl_coef * weights * divergence
+            by_logprob = by_logprob + config.kl_coef * weights * divergence_slope
+    by_entropy = None
+    if config.entropy_coef != 0.0:
+        if entropy is None:
+            raise ValueError(f"entropy_coef = {config.entropy_coef} needs the entropy of every token")
+        by_entropy = -config.entropy_coef * weights
+        loss = loss + by_entropy * torch.where(active, entropy, 0.0)
+    metrics: dict[str, Tensor] = {}
+    if measure:
+        dropped = (kept == 0.0) & (weights != 0.0)
+        means = {"kl": divergence, "entropy": entropy, "mismatch_weight": correction, "dropped_frac": dropped}
+        metrics = _ratio_metrics(config, tokens, ratio, level, old)
+        metrics |= {name: _mean(values, active) for name, values in means.items() if values is not None}
+    return TokenLoss(loss, by_logprob, by_entropy, metrics)
+
+
+def _clamped_exp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    inside = (log_ratio.abs() <= RATIO_LIMIT).to(log_ratio.dtype)
+    return log_ratio.clamp(-RATIO_LIMIT, RATIO_LIMIT).exp(), inside
+
+
+def _mean(values: Tensor, active: Tensor) -> Tensor:
+    total = torch.where(active, values, 0).sum(dtype=torch.float32)
+    return total / active.sum().clamp(min=1)
+
+
+def _ratio_metrics(
+    config: LossConfig, tokens: Tokens, ratio: Tensor, level: Tensor, old: Tensor
+) -> dict[str, Tensor]:
+    active, advantages = tokens.active, tokens.advantages
+    low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
+    metrics = {
+        "tokens": active.sum(),
+        "clip_low_frac": _mean((ratio < low) & (advantages < 0), active),
+        "clip_high_frac": _mean((ratio > high) & (advantages > 0), active),
+        "ratio_mean": _mean(ratio, active),
+        "ratio_max": torch.where(active, ratio, 0.0).amax() if ratio.numel() else ratio.new_zeros(()),
+        "clamped_frac": _mean(level.abs() > RATIO_LIMIT, active),
+    }
+    if tokens.rollout is not None:
+        gap = torch.where(active, old - tokens.rollout, 0.0).abs()
+        metrics["mismatch_mean"] = _mean(gap, active)
+        metrics["mismatch_max"] = gap.amax() if gap.numel() else gap.new_zeros(())
+    return metrics
+
+
+def _short(values: Tensor) -> str:
+    listed = values.tolist()
+    return str(listed if len(listed) <= 8 else [*listed[:4], "...", *listed[-3:]])

@@ -1,0 +1,264 @@
+"""The loss head in chunked PyTorch: any device, and the fast path of the CPU.
+
+A chunk of n tokens is worked through in column blocks that stay in cache: product, exponential, row sum and the
+product for dX follow each other while the block is warm. The target-referenced softmax makes that possible: its
+reference, the target's own logit, is known before the first block, so no maximum has to be found first. Only
+the dW product must wait for the row sums; the exponentials of one chunk are kept for it, and nothing else.
+
+N tokens, n of a chunk, H hidden size, V vocabulary, E exponentials as in ``kernels/README.md``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._head import Coefficients, Head, HeadOutput, Needs, chunk_rows
+
+SCRATCH_BYTES = 128 << 20  # kept exponentials of one chunk
+BLOCK_BYTES = 2 << 20  # one column block
+MOST_ROWS = 1024  # beyond this the products gain nothing and the blocks leave the cache
+LARGEST_SUM = 2.0**60  # a row sum beyond this is redone against the row maximum
+LOWEST_BIAS = -1e30  # stands for -inf: its exponential is 0, and 0 · LOWEST_BIAS is no NaN
+
+
+def torch_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> HeadOutput:
+    """Log-probs and entropies, and the gradients asked for, in one pass over token chunks."""
+    count, width = head.hidden.shape
+    vocabulary = head.weight.shape[0]
+    like = {"dtype": head.accumulate, "device": head.hidden.device}
+    logprobs, entropy = torch.empty(count, **like), torch.empty(count, **like)
+    d_hidden = (
+        torch.empty(count, width, dtype=head.hidden.dtype, device=head.hidden.device)
+        if needs.hidden
+        else None
+    )
+    d_weight = torch.zeros(vocabulary, width, **like) if needs.weight else None
+    d_bias = torch.zeros(vocabulary, **like) if needs.bias else None
+    workspace = _Workspace(head, needs)
+    for start in range(0, count, workspace.rows):
+        rows = slice(start, min(start + workspace.rows, count))
+        chunk = workspace.forward(rows)
+        logprobs[rows], entropy[rows] = chunk.logprobs, chunk.entropy
+        if coefficients is not None:
+            by_logprob, by_entropy = coefficients(rows, chunk.logprobs, chunk.entropy)
+            row_factor = workspace.finish(chunk, by_logprob, by_entropy)
+            if d_hidden is not None:
+                d_hidden[rows] = workspace.grad_hidden(chunk, row_factor)
+            if d_weight is not None or d_bias is not None:
+                workspace.add_grad_weight(chunk, row_factor, d_weight, d_bias)
+    return HeadOutput(
+        logprobs,
+        entropy,
+        d_hidden,
+        None if d_weight is None else d_weight.to(head.weight.dtype),
+        None if d_bias is None or head.bias is None else d_bias.to(head.bias.dtype),
+    )
+
+
+@dataclass
+class _Chunk:
+    """One chunk after its forward sweep; everything of the accumulation dtype."""
+
+    hidden: Tensor  # (n, H)
+    targets: Tensor  # (n, 1) int64
+    total: Tensor  # (n,) sum of all exponentials, the target's included
+    others: Tensor  # (n,) sum of all exponentials but the target's
+    own: Tensor  # (n,) exponential of the target: 1 unless the row was redone
+    own_exponent: Tensor  # (n,)
+    own_slope: Tensor | float  # (n,) derivative of the soft cap at the target
+    mean_exponent: Tensor  # (n,) exponent averaged under the softmax
+    product: Tensor | None  # (n, H) E′ weight, where the sweep could finish it
+    logprobs: Tensor  # (n,)
+    entropy: Tensor  # (n,)
+
+
+class _Workspace:
+    """Scratch of one call and the sweeps over it."""
+
+    def __init__(self, head: Head, needs: Needs) -> None:
+        self.head, self.needs = head, needs
+        count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+        itemsize = head.accumulate.itemsize
+        self.keeps = needs.weight or needs.bias or needs.entropy
+        matrices = 2 if needs.entropy else 1
+        budget = SCRATCH_BYTES if self.keeps else MOST_ROWS * vocabulary * itemsize
+        self.rows = min(MOST_ROWS, chunk_rows(count, matrices * vocabulary * itemsize, budget))
+        block = min(vocabulary, max(256, BLOCK_BYTES // (self.rows * itemsize)))
+        self.blocks = [(v, min(v + block, vocabulary)) for v in range(0, vocabulary, block)]
+        columns = vocabulary if self.keeps else block
+        like = {"dtype": head.accumulate, "device": head.hidden.device}
+        self.exponentials = torch.empty(self.rows * columns, **like)
+        self.weighted = torch.empty(self.rows * columns, **like) if needs.entropy else None
+        self.temporary = torch.empty(self.rows * block, **like)
+        self.bias = (
+            None if head.bias is None else head.bias.detach().to(head.accumulate).clamp(min=LOWEST_BIAS)
+        )
+
+    def _view(self, buffer: Tensor, rows: int, first: int, last: int) -> Tensor:
+        start = rows * first if self.keeps and buffer is not self.temporary else 0
+        return buffer[start : start + rows * (last - first)].view(rows, last - first)
+
+    def _weight(self, first: int, last: int) -> Tensor:
+        return self.head.weight[first:last].to(self.head.accumulate)
+
+    def _logits(self, hidden: Tensor, first: int, last: int, out: Tensor) -> Tensor:
+        """Logits of a block before cap and scale, into out (n, last - first)."""
+        torch.mm(hidden, self._weight(first, last).t(), out=out)
+        return out if self.bias is None else out.add_(self.bias[first:last])
+
+    def forward(self, rows: slice) -> _Chunk:
+        """Log-probs and entropies of a chunk; rows whose sum overflows are swept again."""
+        head = self.head
+        hidden = head.hidden[rows].to(head.accumulate)
+        targets = head.targets[rows].unsqueeze(1)
+        raw = (hidden * head.weight[targets[:, 0]].to(head.accumulate)).sum(1)
+        if self.bias is not None:
+            raw = raw + self.bias[targets[:, 0]]
+        own_slope: Tensor | float = 1.0
+        if head.softcap is not None:
+            bent = torch.tanh(raw / head.softcap)
+            raw, own_slope = bent * head.softcap, 1.0 - bent * bent
+        own_logit = raw * head.scale
+        chunk = self._sweep(hidden, targets, own_logit, own_logit, own_slope)
+        overflowed = ~(chunk.others <= LARGEST_SUM)
+        if bool(overflowed.any()):
+            reference = torch.where(overflowed, self._row_maximum(hidden), own_logit)
+            chunk = self._sweep(hidden, targets, own_logit, reference, own_slope)
+        return chunk
+
+    def _row_maximum(self, hidden: Tensor) -> Tensor:
+        """Largest exponent of each row, (n,)."""
+        head, best = self.head, torch.full_like(hidden[:, 0], -torch.inf)
+        for first, last in self.blocks:
+            logits = self._logits(hidden, first, last, self._view(self.temporary, len(hidden), first, last))
+            if head.softcap is not None:
+                logits.div_(head.softcap).tanh_().mul_(head.softcap)
+            best = torch.maximum(best, logits.mul_(head.scale).amax(1))
+        return best
+
+    def _sweep(
+        self, hidden: Tensor, targets: Tensor, own_logit: Tensor, reference: Tensor, own_slope: Tensor | float
+    ) -> _Chunk:
+        """One pass over the vocabulary with exponents relative to reference (n,)."""
+        head, needs, n = self.head, self.needs, len(hidden)
+        own_exponent = own_logit - reference
+        own = own_exponent.exp()
+        others, spread = torch.zeros_like(reference), torch.zeros_like(reference)
+        finish_product = needs.hidden and not needs.entropy
+        product = torch.zeros_like(hidden) if finish_product else None
+        # Σ E′ z is (E′ W)·h where z is linear in h: with dX at hand the entropy costs no further pass.
+        entropy_from_product = finish_product and head.softcap is None
+        scaled = hidden * head.scale if head.softcap is None else hidden
+        shift = reference.unsqueeze(1)
+        for first, last in self.blocks:
+            block = self._view(self.exponentials, n, first, last)
+            temporary = self._view(self.temporary, n, first, last)
+            slope = None
+            if head.softcap is None:
+                torch.mm(scaled, self._weight(first, last).t(), out=block)
+                if self.bias is not None:
+                    block.add_(self.bias[first:last] * head.scale)
+            else:
+                bent = self._logits(hidden, first, last, block).div_(head.softcap).tanh_()
+                slope = 1.0 - bent * bent
+                bent.mul_(head.softcap * head.scale)
+            block.sub_(shift)
+            if entropy_from_product:
+                _put_at_target(block.exp_(), targets, first, 0.0)
+                others += block.sum(1)
+                if self.bias is not None:
+                    spread.addmv_(block, self.bias[first:last], alpha=head.scale)
+            else:
+                temporary.copy_(block)
+                _put_at_target(block.exp_(), targets, first, 0.0)
+                others += block.sum(1)
+                spread += temporary.mul_(block).sum(1)
+                if self.weighted is not None:
+                    weighted = self._view(self.weighted, n, first, last).copy_(temporary)
+                    if slope is not None:
+                        weighted.mul_(slope)
+                if slope is not None:
+                    block.mul_(slope)
+            if product is not None:
+                product.addmm_(block, self._weight(first, last))
+        total = others + own
+        if product is not None:
+            own_weight = head.weight[targets[:, 0]].to(head.accumulate)
+            product.addcmul_(own_weight, (others * own_slope).unsqueeze(1), value=-1.0)
+        if entropy_from_product:
+            assert product is not None
+            spread += (product * scaled).sum(1)
+            if self.bias is not None:
+                spread -= others * self.bias[targets[:, 0]] * head.scale
+            mean_exponent = spread / total + own_exponent
+        else:
+            mean_exponent = (spread + own * own_exponent) / total
+        # others/own is exact where the target is nearly certain; the other form where own underflows.
+        rare = own_exponent < -40.0
+        logprobs = torch.where(rare, own_exponent - total.log(), -torch.log1p(others / own))
+        return _Chunk(
+            hidden=hidden,
+            targets=targets,
+            total=total,
+            others=others,
+            own=own,
+            own_exponent=own_exponent,
+            own_slope=own_slope,
+            mean_exponent=mean_exponent,
+            product=product,
+            logprobs=logprobs,
+            entropy=total.log() - mean_exponent,
+        )
+
+    def finish(self, chunk: _Chunk, by_logprob: Tensor, by_entropy: Tensor | None) -> Tensor:
+        """Turns the kept exponentials into the loss's derivative by the logits, up to a factor a row: (n,)."""
+        n = len(chunk.hidden)
+        own_value = -chunk.others * chunk.own_slope
+        row_factor = -self.head.scale * by_logprob / chunk.total
+        if self.needs.entropy:
+            assert self.weighted is not None and by_entropy is not None
+            direct = by_logprob - by_entropy * chunk.mean_exponent
+            for first, last in self.blocks:
+                block = self._view(self.exponentials, n, first, last)
+                weighted = self._view(self.weighted, n, first, last)
+                block.mul_(direct.unsqueeze(1)).addcmul_(weighted, by_entropy.unsqueeze(1))
+            pull = by_entropy * chunk.own * (chunk.own_exponent - chunk.mean_exponent)
+            own_value = by_logprob * own_value + pull * chunk.own_slope
+            row_factor = -self.head.scale / chunk.total
+        if self.keeps:
+            for first, last in self.blocks:
+                _put_at_target(self._view(self.exponentials, n, first, last), chunk.targets, first, own_value)
+        return row_factor
+
+    def grad_hidden(self, chunk: _Chunk, row_factor: Tensor) -> Tensor:
+        """dX of the chunk, (n, H)."""
+        product = chunk.product
+        if product is None:
+            product = torch.zeros_like(chunk.hidden)
+            for first, last in self.blocks:
+                block = self._view(self.exponentials, len(product), first, last)
+                product.addmm_(block, self._weight(first, last))
+        return product * row_factor.unsqueeze(1)
+
+    def add_grad_weight(
+        self, chunk: _Chunk, row_factor: Tensor, d_weight: Tensor | None, d_bias: Tensor | None
+    ) -> None:
+        """Adds the chunk's share to dW (V, H) and db (V,)."""
+        scaled = chunk.hidden * row_factor.unsqueeze(1)
+        for first, last in self.blocks:
+            block = self._view(self.exponentials, len(scaled), first, last).t()
+            if d_weight is not None:
+                d_weight[first:last].addmm_(block, scaled)
+            if d_bias is not None:
+                d_bias[first:last].addmv_(block, row_factor)
+
+
+def _put_at_target(block: Tensor, targets: Tensor, first: int, value: Tensor | float) -> None:
+    """Overwrites each row's target column (n, 1) in the block that starts at first, where it lies in the block."""
+    column = targets - first
+    here = (column >= 0) & (column < block.shape[1])
+    column = column.clamp(0, block.shape[1] - 1)
+    kept = block.gather(1, column)
+    placed = value.unsqueeze(1) if isinstance(value, Tensor) else value
+    block.scatter_(1, column, torch.where(here, placed, kept))

@@ -1,0 +1,205 @@
+"""hidden x head weight -> policy loss and its gradients, in one pass over token chunks."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._head import Head, HeadOutput, Needs, make_head, run_head
+from ._token_loss import Tokens, evaluate, prepare
+from .loss_config import LossConfig
+
+
+def linear_grpo_loss(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,)
+    advantages: Tensor,  # (N,) or (S,)
+    config: LossConfig,
+    *,
+    old_logprobs: Tensor | None = None,  # (N,)
+    ref_logprobs: Tensor | None = None,  # (N,)
+    rollout_logprobs: Tensor | None = None,  # (N,)
+    loss_mask: Tensor | None = None,  # (N,)
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+    normalizer: float | Tensor | None = None,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``grpo_loss(linear_logprob(...), ...)`` with the gradients finished in the forward pass.
+
+    A token's coefficient needs its own log-prob and constants only, so each chunk goes product → row pass →
+    coefficient → dX and dW at once: 6·N·V·H FLOPs forward and backward together, 4·N·V·H with a frozen head.
+    Options that couple tokens (sequence ratios, gamma, entropy_quantile, off_policy_threshold, sequence_mask)
+    take all log-probs first: 2·N·V·H more, unless the head is frozen or the call fits one chunk.
+    Tokens that cannot carry a gradient (masked; advantage 0 where nothing else acts) never reach the product:
+    on the CPU always; on a GPU where loss_mask or advantages are handed over as CPU tensors, since finding them
+    on the device would stop the host. Their log-probs then count in no metric, on any path.
+
+    Args: see ``grpo_loss`` for the loss's and ``linear_logprob`` for the head's.
+
+    Returns:
+        The loss, 0-d, differentiable once by hidden, weight and bias, and the metrics of ``grpo_loss``.
+
+    Raises:
+        ValueError, TypeError: as those two. RuntimeError: a second backward through the same result.
+    """
+    head = make_head(
+        hidden, weight, targets, temperature=temperature, bias=bias, softcap=softcap, logit_scale=logit_scale
+    )
+    tokens = prepare(
+        config,
+        hidden.shape[0],
+        advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        device=hidden.device,
+        dtype=head.accumulate,
+    )
+    chosen = _rows_to_compute(config, tokens, advantages, loss_mask, cu_seqlens)
+    metrics: dict[str, Tensor] = {}
+    loss = _LinearGrpoLoss.apply(hidden, weight, bias, head, tokens, config, chosen, backend, metrics)
+    return loss, metrics  # type: ignore[return-value]
+
+
+def _rows_to_compute(
+    config: LossConfig,
+    tokens: Tokens,
+    advantages: Tensor,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor | None:
+    """Indices of the tokens that reach the product, None for all, from what the host knows without waiting."""
+    active = tokens.active
+    if active.device.type == "cpu":
+        return None if bool(active.all()) else active.nonzero().squeeze(1)
+    count = active.shape[0]
+    known = torch.ones(count, dtype=torch.bool)
+    if loss_mask is not None and loss_mask.device.type == "cpu":
+        known &= loss_mask != 0
+    by_sequence = advantages.shape != (count,)
+    if advantages.device.type == "cpu" and config.skips_zero_advantage(by_sequence):
+        if not by_sequence:
+            known &= advantages != 0
+        elif cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+            known &= (advantages != 0).repeat_interleave(cu_seqlens.diff())
+    return None if bool(known.all()) else known.nonzero().squeeze(1).to(active.device, non_blocking=True)
+
+
+class _LinearGrpoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        tokens: Tokens,
+        config: LossConfig,
+        chosen: Tensor | None,
+        backend: str,
+        metrics: dict[str, Tensor],
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs = Needs(
+            hidden=needs_hidden, weight=needs_weight, bias=needs_bias, entropy=config.entropy_coef != 0.0
+        )
+        head = replace(head, hidden=hidden, weight=weight, bias=bias)
+        if chosen is not None:
+            head = replace(head, hidden=hidden[chosen], targets=head.targets[chosen])
+        output, loss = _one_pass(head, needs, tokens, config, chosen, backend, metrics)
+        d_hidden = output.hidden
+        if d_hidden is not None and chosen is not None:
+            d_hidden = torch.zeros_like(hidden).index_copy_(0, chosen, d_hidden)
+        ctx.gradients = (d_hidden, output.weight, output.bias)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_grpo_loss gives its gradients once; call it again instead of retain_graph"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: they are large and nobody else holds them. A factor of one is free to skip on the CPU only,
+        # where reading it does not wait for anything.
+        scale = grads[0]
+        if scale.device.type != "cpu" or float(scale) != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(scale)
+        return (*gradients, None, None, None, None, None, None)
+
+
+def _one_pass(
+    head: Head,
+    needs: Needs,
+    tokens: Tokens,
+    config: LossConfig,
+    chosen: Tensor | None,
+    backend: str,
+    metrics: dict[str, Tensor],
+) -> tuple[HeadOutput, Tensor]:
+    """The head's pass with this loss's coefficients; fills metrics and returns the loss."""
+    count = tokens.active.shape[0]
+    part = tokens if chosen is None else tokens.rows(chosen)
+
+    def spread(values: Tensor) -> Tensor:
+        """Values of the chosen rows at their places among all tokens."""
+        return values if chosen is None else values.new_zeros(count).index_copy_(0, chosen, values)
+
+    def finish(output: HeadOutput) -> tuple[Tensor, Tensor | None, Tensor]:
+        result = evaluate(config, tokens, spread(output.logprobs), spread(output.entropy))
+        metrics.update(result.metrics)
+        by_logprob, by_entropy = result.by_logprob, result.by_entropy
+        if chosen is not None:
+            by_logprob = by_logprob[chosen]
+            by_entropy = None if by_entropy is None else by_entropy[chosen]
+        return by_logprob, by_entropy, result.loss.sum()
+
+    if not (needs.hidden or needs.weight or needs.bias):
+        output = run_head(head, Needs(), None, backend)
+        return output, finish(output)[-1]
+
+    if not config.couples_tokens:
+
+        def own(rows: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+            result = evaluate(config, part.rows(rows), logprobs, entropy, measure=False)
+            return result.by_logprob, result.by_entropy
+
+        output = run_head(head, needs, own, backend)
+        return output, finish(output)[-1]
+
+    if not (needs.weight or needs.bias or needs.entropy):
+        output = run_head(head, needs, lambda rows, logprobs, _: (logprobs.new_ones(1), None), backend)
+        by_logprob, _, loss = finish(output)
+        assert output.hidden is not None
+        output.hidden.mul_(by_logprob.unsqueeze(1))
+        return output, loss
+
+    found: list[tuple[Tensor, Tensor | None, Tensor]] = []
+
+    def coupled(rows: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not found:
+            whole = logprobs.shape[0] == head.hidden.shape[0]
+            first = (
+                HeadOutput(logprobs, entropy, None, None, None)
+                if whole
+                else run_head(head, Needs(), None, backend)
+            )
+            found.append(finish(first))
+        by_logprob, by_entropy, _ = found[0]
+        return by_logprob[rows], None if by_entropy is None else by_entropy[rows]
+
+    output = run_head(head, needs, coupled, backend)
+    return output, found[0][2] if found else finish(output)[-1]
