@@ -78,9 +78,11 @@ def activation_bytes(
 ) -> int:
     """Bytes a packed row of `tokens` keeps for the backward pass of a gated, pre-norm decoder.
 
-    A layer keeps, per position: two norms (input, its float32 copy and the normalised value each), queries,
-    keys and values before and after rotation, the attention output, and of the gated MLP gate, activation,
-    up and their product. With checkpointing a layer keeps its input only, and one layer at a time is whole.
+    A layer keeps, per position: of two norms the input in float32, the normalised and the scaled value; the
+    rotated queries and keys, the values and the attention output; of the gated MLP gate, activation, up and
+    their product. With checkpointing a layer keeps its input only, and one layer at a time is whole.
+    Attention itself is taken to keep nothing else, as flash kernels do; short segments on the CPU also keep
+    their probabilities.
     """
     text = config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
@@ -89,8 +91,8 @@ def activation_bytes(
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     norms = 2 * hidden * (2 * item + 4)
-    attention = item * head_dim * (2 * heads + 3 * kv_heads + heads)
-    mlp = item * (4 * inner)
+    attention = item * head_dim * (2 * heads + 2 * kv_heads)
+    mlp = item * 4 * inner
     layer = tokens * (norms + attention + mlp)
     ends = tokens * hidden * (2 * item + 4)  # the final norm
     if gradient_checkpointing:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
@@ -49,6 +49,8 @@ class Policy(nn.Module):
     """
 
     model: PreTrainedModel
+    peft_model: PeftModel | None
+    tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class Policy(nn.Module):
         config = pretrained.load_config(base, "model")
         if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
             raise UserError(
-                f"model {path}: is a {config.architectures[0]}; a causal language model is needed"
+                f"model {path}: is a {config.model_type} classifier; a causal language model is needed"
             )
         tokenizer = pretrained.load_tokenizer(source if _has_tokenizer(source) else base, "model")
         pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
@@ -124,7 +126,8 @@ class Policy(nn.Module):
         """A model that is in memory; it is changed in place (attention, dropout, adapters)."""
         what = type(model).__name__
         pretrained.check_architecture(type(model), model.config, what)
-        pretrained.check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], what)
+        rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+        pretrained.check_vocabulary(tokenizer, rows, what)
         wrapped = None if lora is None else _add_lora(model, lora)
         return cls._finish(model, tokenizer, wrapped, gradient_checkpointing)
 
@@ -160,8 +163,8 @@ class Policy(nn.Module):
         """Tokens that end a completion: the generation config's and the tokenizer's end tokens, sorted."""
         generation = getattr(self.model, "generation_config", None)
         ids = getattr(generation, "eos_token_id", None)
-        found = set(ids if isinstance(ids, list | tuple) else [ids]) | {self.tokenizer.eos_token_id}
-        return tuple(sorted(i for i in found if i is not None))
+        found = [*(ids if isinstance(ids, list | tuple) else [ids]), self.tokenizer.eos_token_id]
+        return tuple(sorted({i for i in found if isinstance(i, int)}))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer updates: all parameters, with LoRA the adapters only."""
@@ -290,7 +293,7 @@ class Policy(nn.Module):
         """
         name, exact = type(self.model).__name__, self.model.dtype == torch.float32
         prompts, completions, prompt_of = self._check_sequences()
-        ours = self.model.config._attn_implementation
+        packed_attention = str(self.model.config._attn_implementation)
         self.model.set_attn_implementation("eager")
         try:
             alone_of = [
@@ -298,7 +301,7 @@ class Policy(nn.Module):
                 for owner, completion in zip(prompt_of, completions, strict=True)
             ]
         finally:
-            self.model.set_attn_implementation(ours)
+            self.model.set_attn_implementation(packed_attention)
         (batch,) = pack(prompts, completions, prompt_of=prompt_of, token_budget=4096)
         packed = self.hidden_states(batch.to(self.device)).float()
         alone = torch.cat([alone_of[i] for i in batch.sequence_index.tolist()])

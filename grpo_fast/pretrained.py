@@ -32,7 +32,7 @@ def one_line(error: BaseException, limit: int = 240) -> str:
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """`"float32"`, `"bfloat16"` or one of these two torch dtypes; UserError for anything else."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise UserError(f"dtype must be float32 or bfloat16, got {dtype}")
     return found
 

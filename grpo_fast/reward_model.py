@@ -38,6 +38,10 @@ from grpo_fast.reward_data import HEADS_FILE, Head, PromptLike, read_heads, writ
 class RewardModel(nn.Module):
     """A decoder with one linear output for each head; `forward` gives the normalised outputs of a batch."""
 
+    mean: Tensor  # (R,)
+    std: Tensor  # (R,)
+    binary: Tensor  # (R,) bool
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: Sequence[Head]):
         super().__init__()
         score = getattr(model, "score", None)
@@ -106,8 +110,7 @@ class RewardModel(nn.Module):
         source = pretrained.locate(path, "reward model")
         heads = read_heads(source, str(path))
         config = pretrained.load_config(source, "reward model")
-        labels = config.id2label or {}
-        names = [labels[i] for i in sorted(labels)]
+        names = [name for _, name in sorted((config.id2label or {}).items())]
         if names != [head.name for head in heads]:
             raise UserError(
                 f"reward model {path}: {HEADS_FILE} names the heads {', '.join(h.name for h in heads)}, "
@@ -157,7 +160,7 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Normalised outputs of a batch packed with `keep_last=True`, in its order: (S, R) float32."""
-        hidden = self.model.base_model(
+        hidden = cast(nn.Module, self.model.base_model)(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=None,
@@ -228,7 +231,7 @@ class RewardModel(nn.Module):
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
-        end = self.tokenizer.eos_token or ""
+        end = str(self.tokenizer.eos_token or "")
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             if isinstance(prompt, str):
@@ -301,7 +304,7 @@ def _without_padding(ids: list[int], padding: int | None) -> list[int]:
 
 def _model_class(config: PreTrainedConfig, name: str) -> type:
     try:
-        return AutoModelForSequenceClassification._model_mapping[type(config)]
+        return cast(type, AutoModelForSequenceClassification._model_mapping[type(config)])
     except KeyError as error:
         raise UserError(
             f"reward model: model type {name} has no sequence classification in transformers"

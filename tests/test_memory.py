@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import byte_tokenizer, causal_model, config_of
 from transformers import Qwen2Config
 
+from grpo_fast.head import head_of
 from grpo_fast.memory import activation_bytes, count_parameters, memory_estimate
 from grpo_fast.packing import pack
 from grpo_fast.policy import LoraSettings, Policy
@@ -27,15 +30,16 @@ def test_parameters_are_counted_exactly(family: str):
     model = causal_model(family)
     counts = count_parameters(config_of(family))
     assert counts.total == sum(p.numel() for p in model.parameters())
-    assert counts.head == model.get_output_embeddings().weight.numel()
+    assert counts.head == head_of(model).weight.numel()
     policy = Policy.from_model(model, byte_tokenizer(), lora=LoraSettings(rank=4))
     assert 4 * counts.lora_per_rank == sum(p.numel() for p in policy.trainable_parameters())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_near_what_autograd_keeps(checkpointing: bool):
-    wide = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
     policy = Policy.from_model(causal_model(**wide), byte_tokenizer(), gradient_checkpointing=checkpointing)
+    policy.model.set_attn_implementation("sdpa")  # keeps no probabilities, as on a GPU
     (batch,) = pack([[1] * 100], [[2] * 101], token_budget=4096)
     kept: dict[int, int] = {}
     weights = {p.data_ptr() for p in policy.parameters()}
@@ -56,11 +60,15 @@ def test_activations_are_near_what_autograd_keeps(checkpointing: bool):
     if checkpointing:
         layer_alone = estimate / wide["num_hidden_layers"]
         estimate = activation_bytes(config, tokens=tokens, item=4, gradient_checkpointing=True) - layer_alone
-    assert measured == pytest.approx(estimate, rel=0.35)
+    assert measured == pytest.approx(estimate, rel=0.1)
 
 
 def test_seven_billion_parameters():
-    options = {"dtype": torch.bfloat16, "token_budget": 16_384, "gradient_checkpointing": True}
+    options: dict[str, Any] = {
+        "dtype": torch.bfloat16,
+        "token_budget": 16_384,
+        "gradient_checkpointing": True,
+    }
     full = memory_estimate(SEVEN_B, needs_reference=True, rollout_rows=64, rollout_tokens=1024, **options)
     assert full.parameters == full.reference == 2 * 7_615_616_512
     assert full.optimizer == 12 * 7_615_616_512

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from transformers import (
 
 from grpo_fast import pretrained
 from grpo_fast.errors import UserError
-from grpo_fast.packing import pack
+from grpo_fast.head import head_of
+from grpo_fast.packing import PackedBatch, pack
 from grpo_fast.policy import LoraSettings, Policy
 
 FAMILIES = ("qwen2", "llama", "gemma2")
@@ -36,12 +38,12 @@ def policy_of(family: str = "qwen2", *, seed: int = 0, **options) -> Policy:
     return Policy.from_model(causal_model(family, seed=seed), byte_tokenizer(), **options)
 
 
-def one_batch(**options):
-    (batch,) = pack(PROMPTS, COMPLETIONS, prompt_of=PROMPT_OF, **({"token_budget": 4096} | options))
+def one_batch(*, share_prefix: bool = True) -> PackedBatch:
+    (batch,) = pack(PROMPTS, COMPLETIONS, prompt_of=PROMPT_OF, token_budget=4096, share_prefix=share_prefix)
     return batch
 
 
-def plain_logprobs(model: PreTrainedModel, temperature: float = 1.0) -> list[Tensor]:
+def plain_logprobs(model: PreTrainedModel | PeftModel, temperature: float = 1.0) -> list[Tensor]:
     """Log-probs of each completion alone, from the model's own logits."""
     found = []
     for completion, owner in zip(COMPLETIONS, PROMPT_OF, strict=True):
@@ -87,7 +89,7 @@ def test_gradients_equal_those_of_the_plain_loss(family: str):
     (-torch.cat(plain_logprobs(plain)).sum() / TOKENS).backward()
     policy = policy_of(family)
     policy.sft_loss(one_batch(), TOKENS).backward()
-    tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    tied = head_of(plain).weight is next(plain.parameters())
     assert tied == (family != "llama")
     for (name, expected), found in zip(plain.named_parameters(), policy.model.parameters(), strict=True):
         assert expected.grad is not None and found.grad is not None, name
@@ -131,7 +133,7 @@ def test_an_update_along_the_gradient_raises_the_favoured_tokens():
     loss.backward()
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
-            parameter -= 0.05 * parameter.grad
+            parameter -= 0.05 * cast(Tensor, parameter.grad)
     change = policy.logprobs(batch)[0] - before
     bounds = batch.cu_seqlens.tolist()
     of = {int(i): change[bounds[k] : bounds[k + 1]].sum() for k, i in enumerate(batch.sequence_index)}
@@ -234,9 +236,10 @@ def test_saved_adapter_loads_in_peft_and_merged_weights_in_transformers(tmp_path
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     peft = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
-    close = {"atol": 2e-5, "rtol": 1e-4}
-    torch.testing.assert_close(batch.gather(plain_logprobs(peft)), expected, **close)  # pyright: ignore
-    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    close: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
+    torch.testing.assert_close(batch.gather(plain_logprobs(peft)), expected, **close)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    merged, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
     torch.testing.assert_close(batch.gather(plain_logprobs(merged)), expected, **close)
     again = Policy.load(tmp_path / "adapter")

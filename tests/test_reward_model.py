@@ -42,6 +42,10 @@ def model_of(
     )
 
 
+def head_weight(model: RewardModel) -> Tensor:
+    return model.model.get_parameter("score.weight")
+
+
 def batches_of(model: RewardModel, budget: int = 4096):
     return model.pack(*model.encode(PROMPTS, REPLIES), token_budget=budget)
 
@@ -190,7 +194,7 @@ def test_a_missing_label_gives_no_gradient():
     only_first = torch.full((5, 3), NAN)
     only_first[1, 0] = 0.9
     loss_and_gradient(model, 4096, only_first)
-    score = model.model.score.weight.grad
+    score = head_weight(model).grad
     assert isinstance(score, Tensor)
     assert score[0].abs().max() > 0 and score[1:].abs().max() == 0
     loss, gradient = loss_and_gradient(model, 4096, torch.full((5, 3), NAN))
@@ -254,7 +258,7 @@ def test_new_heads_on_a_language_model(tmp_path: Path):
     byte_tokenizer().save_pretrained(tmp_path)
     model = RewardModel.from_backbone(tmp_path, HEADS, seed=1)
     again = RewardModel.from_backbone(tmp_path, HEADS, seed=1)
-    assert torch.equal(model.model.score.weight, again.model.score.weight)  # pyright: ignore
+    assert torch.equal(head_weight(model), head_weight(again))
     embedding = model.model.get_input_embeddings().weight
     assert torch.equal(embedding, base.get_input_embeddings().weight)
 
@@ -335,7 +339,7 @@ def test_labels_that_do_not_fit():
         heads_of(["a"], [LabelledReply("p", "c", (2.0,))], {"a": "binary"})
     with pytest.raises(UserError, match="loss is nan"):
         with torch.no_grad():
-            model.model.score.weight.fill_(NAN)  # pyright: ignore
+            head_weight(model).fill_(NAN)
         fit(model, [LabelledReply("p", "c", (1, 1, 1))], steps=1)
     with pytest.raises(UserError, match="needs dtype float32"):
         fit(model.bfloat16(), [LabelledReply("p", "c", (1, 1, 1))], steps=1)

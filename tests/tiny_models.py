@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +20,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 PAD, END = "<|pad|>", "<|end|>"
 VOCAB = 264  # 256 bytes, two special tokens, and a few rows no token uses, as real models have
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -36,21 +38,24 @@ SIZES = {
 def byte_tokenizer(*, pad: str = PAD, end: str = END) -> PreTrainedTokenizerBase:
     """One token a byte; ids 256 and 257 are padding and end (pad=END makes them the same)."""
     vocab = {char: i for i, char in enumerate(bytes_to_unicode().values())} | {PAD: 256, END: 257}
-    return Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=None, pad_token=pad, eos_token=end)
+    return Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=PAD, pad_token=pad, eos_token=end)
 
 
-def config_of(family: str, **overrides) -> PreTrainedConfig:
+def config_of(family: str, **overrides: Any) -> PreTrainedConfig:
     """qwen2 (tied head), llama (untied) or gemma2 (tied, both softcaps, a sliding window of 8)."""
-    sizes = SIZES | overrides
-    if family == "qwen2":
-        return Qwen2Config(**({"tie_word_embeddings": True} | sizes))
-    if family == "llama":
-        return LlamaConfig(**({"tie_word_embeddings": False} | sizes))
-    return Gemma2Config(
-        **({"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0} | sizes),
-        attn_logit_softcapping=10.0,
-        query_pre_attn_scalar=8,
-    )
+    own: dict[str, Any] = {
+        "qwen2": {"tie_word_embeddings": True},
+        "llama": {"tie_word_embeddings": False},
+        "gemma2": {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 10.0,
+            "query_pre_attn_scalar": 8,
+        },
+    }[family]
+    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig, "gemma2": Gemma2Config}[family]
+    return kind(**(own | SIZES | overrides))
 
 
 def causal_model(family: str = "qwen2", *, seed: int = 0, **overrides) -> PreTrainedModel:
