@@ -7,7 +7,7 @@ forbids any (completions are hostile text), loads nothing, and follows the reade
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -32,7 +32,9 @@ _POLICY_CHARTS: list[tuple[str, str, dict[str, str], float | None]] = [
     ("Probability ratio", "new to old policy", {"ratio_mean": "mean", "ratio_max": "max"}, None),
     ("Completion length", "tokens", {"length_mean": "mean", "length_max": "max"}, 0.0),
     ("Cut off", "share of completions at the length limit", {"truncated_frac": "cut"}, 0.0),
-    ("Skipped groups", "without signal: all rewards alike", {"skipped_groups": "groups"}, 0.0),
+    ("Groups without signal", "share whose rewards are all alike", {"flat_groups_frac": "share"}, 0.0),
+    ("Skipped", "completions that never reach the transformer", {"skipped_sequences": "completions"}, 0.0),
+    ("Over-refusal", "harmless held-out prompts refused", {"eval/judge/refusal": "share"}, 0.0),
     ("Loss", "", {"loss": "loss"}, None),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}, 0.0),
     ("Learning rate", "", {"lr": "rate"}, 0.0),
@@ -84,7 +86,7 @@ def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | No
         colours=colours,
         headline=_headline(summary),
         shares=_shares((summary or {}).get("phase_s") or _phase_seconds(rows)),
-        reward_charts=_reward_charts(grpo, colours),
+        reward_charts=_reward_charts(_judged(grpo, summary), colours),
         policy_charts=_charts(grpo, _POLICY_CHARTS),
         speed_charts=[*_time_chart(grpo), *_charts(grpo, _SPEED_CHARTS)],
         early_charts=_early_charts(rows),
@@ -198,6 +200,19 @@ def _charts(
     return charts
 
 
+def _judged(rows: Rows, summary: Mapping[str, Any] | None) -> Rows:
+    """The steps with what the judge said before the first and after the last one."""
+    ends: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
+    for name, objective in ((summary or {}).get("objectives") or {}).items():
+        for when, found in ends.items():
+            if (judged := objective.get(f"judge_{when}")) and _number(judged.get("mean")):
+                found[f"eval/judge/{name}"] = judged["mean"]
+    if not rows:
+        return rows
+    first, last = {"step": 0, **ends["before"]}, {**rows[-1], **ends["after"]}
+    return [first, *rows[:-1], last]
+
+
 def _reward_charts(rows: Rows, colours: Mapping[str, str]) -> list[dict[str, Any]]:
     charts = []
     for name, colour in colours.items():
@@ -281,7 +296,8 @@ def _pairs(samples: Rows, names: Sequence[str]) -> list[dict[str, Any]]:
     shown = [sample for side in sides.values() for sample in side.values()]
     ranges: dict[str, tuple[float, float]] = {}
     for name in names:
-        scores = [s for sample in shown if _number(s := (sample.get("scores") or {}).get(name))]
+        given = [(sample.get("scores") or {}).get(name) for sample in shown]
+        scores = [score for score in given if _number(score)]
         if scores:
             ranges[name] = (min(scores), max(scores))
 
@@ -302,7 +318,7 @@ def _pairs(samples: Rows, names: Sequence[str]) -> list[dict[str, Any]]:
     return [those[i] for i in range(turns) for those in by_kind.values() if i < len(those)]
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
