@@ -95,10 +95,11 @@ class Speaker:
             ),
         )
         limit = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and len(encoded.token_ids) + sampling.max_new_tokens > limit:
+        given, new = len(encoded.token_ids), sampling.max_new_tokens
+        if limit and given + new > limit:
             raise UserError(
-                f"the prompt has {len(encoded.token_ids)} tokens: {sampling.max_new_tokens} new ones would pass "
-                f"the model's limit of {limit}; shorten it or lower --max-new-tokens"
+                f"the prompt has {given} tokens: {new} new ones would pass the model's limit of {limit}; "
+                "shorten it or lower --max-new-tokens"
             )
         completions = self.engine.generate([encoded.token_ids], samples, sampling, seed)
         texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]

@@ -326,11 +326,11 @@ def _bookkeeping(key: str) -> bool:
     return key in ("phase", "step", "time_s") or key.startswith("time/")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """`python -m grpo_fast.report RUN`."""
     parser = Parser(prog="python -m grpo_fast.report", description="Make a run's report.html again.")
     parser.add_argument("run", help="folder of the run, for example runs/miniature")
-    print(write_report(parser.parse_args().run))
+    print(write_report(parser.parse_args(argv).run))
     return 0
 
 

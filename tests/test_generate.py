@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_fast import generate
 from grpo_fast.cli import run_command
-from grpo_fast.config import PolicySettings, RolloutSettings, TrainConfig
+from grpo_fast.config import RolloutSettings, TrainConfig
 from grpo_fast.config_cli import to_toml
 from grpo_fast.generate import Speaker, main
+from grpo_fast.policy import LoraSettings, Policy
 from grpo_fast.reward_data import Head
 from grpo_fast.reward_model import RewardModel
 from tests.tiny import causal_lm, save_policy
@@ -32,7 +32,7 @@ def run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "tiny"
     save_policy(run / "model", "qwen2")
     torch.manual_seed(1)
-    policy = generate.Policy.load(run / "model")
+    policy = Policy.load(run / "model")
     config = causal_lm("qwen2", len(policy.tokenizer)).config
     config.pad_token_id = policy.tokenizer.pad_token_id
     RewardModel.from_config(config, policy.tokenizer, [Head(name="safety"), Head(name="tone")]).save(
@@ -96,26 +96,19 @@ def test_a_run_without_reward_model_prints_the_text_alone(run, tmp_path, capsys)
 
 def test_an_adapter_is_loaded_with_peft(tmp_path):
     save_policy(tmp_path / "base", "llama")
-    policy = generate.Policy.load(tmp_path / "base", lora=generate_lora())
+    policy = Policy.load(tmp_path / "base", lora=LoraSettings(rank=4))
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             parameter.normal_(std=0.5)
     policy.save(tmp_path / "r" / "model")
     assert (tmp_path / "r" / "model" / "adapter_config.json").is_file()
-    config = TrainConfig(policy=PolicySettings(model=str(tmp_path / "base"), lora_rank=4), rollout=ROLLOUT)
-    (tmp_path / "r" / "config.toml").write_text(to_toml(config))
+    (tmp_path / "r" / "config.toml").write_text(to_toml(TrainConfig(rollout=ROLLOUT)))
     adapted = Speaker(tmp_path / "r").answer("draw a map", samples=3)
     shutil.copytree(tmp_path / "base", tmp_path / "plain" / "model")
     shutil.copy(tmp_path / "r" / "config.toml", tmp_path / "plain")
     assert [a.text for a in adapted] != [
         a.text for a in Speaker(tmp_path / "plain").answer("draw a map", samples=3)
     ]
-
-
-def generate_lora():
-    from grpo_fast.policy import LoraSettings
-
-    return LoraSettings(rank=4)
 
 
 def broken(path: Path, name: str, data: bytes | None) -> None:

@@ -5,8 +5,6 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from grpo_fast.charts import Series, line_chart, stacked_chart, tick_text, ticks
+from grpo_fast.cli import run_command
 from grpo_fast.errors import UserError
-from grpo_fast.report import figure, interval, signed, write_report
+from grpo_fast.report import figure, interval, main, signed, write_report
 
 NAMES = ["safety", "tone"]
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(2)> \x1b[31m\u202e'\"{{ 7*7 }}&amp;\x00"
@@ -238,17 +237,17 @@ def test_what_is_no_run_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_rebuilds_it(run):
+def test_the_command_rebuilds_it(run, capsys):
     path = run[0]
     before = (path / "report.html").read_text()
     (path / "report.html").unlink()
-    done = subprocess.run([sys.executable, "-m", "grpo_fast.report", path], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == str(path / "report.html")
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().out.strip() == str(path / "report.html")
     assert (path / "report.html").read_text() == before
-    done = subprocess.run(
-        [sys.executable, "-m", "grpo_fast.report", "/absent"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "/absent" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: main([str(path / "absent")]))
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and str(path / "absent") in err
 
 
 def test_ticks_are_round_and_few():
