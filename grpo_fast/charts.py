@@ -46,7 +46,7 @@ def line_chart(series: Sequence[Series], label: str, *, floor: float | None = No
     lines = [_binned(line, most) for line in series]
     values = [v for line in lines for v in _extent(line)] + ([] if floor is None else [floor])
     named = len(lines) > 1
-    right = 12 + (6.8 * max(len(line.name) for line in lines) if named else 0)
+    right = 12 + (6.8 * max(len(_shortened(line.name)) for line in lines) if named else 0)
     frame = _Frame([x for line in lines for x in line.x], values, right)
     parts = [frame.axes()]
     for line in lines:
@@ -143,7 +143,8 @@ class _Frame:
                 f"<line class='grid' x1='{self.left}' x2='{self.right:.0f}' y1='{y:.1f}' y2='{y:.1f}'/>"
             )
             parts.append(f"<text x='{self.left - 6}' y='{y + 3.5:.1f}' text-anchor='end'>{text}</text>")
-        marks = [value for value in ticks(self.x0, self.x1, 5) if value == round(value)]
+        count = max(2, round((self.right - self.left) / 65))
+        marks = [value for value in ticks(self.x0, self.x1, count) if value == round(value)]
         for value in marks:
             x = self.point(value, self.y0)[0]
             text = f"{value:g}" if value < 1e4 else f"{value / 1000:g}k"
@@ -225,9 +226,13 @@ def _end_labels(frame: _Frame, lines: Sequence[Series]) -> str:
         places[i] = min(places[i], places[i + 1] - height)
     return "".join(
         f"<text class='name' x='{frame.right + 7:.0f}' y='{y + 3.5:.1f}' style='fill:{escape(line.colour)}'>"
-        f"{escape(line.name)}</text>"
+        f"{escape(_shortened(line.name))}</text>"
         for y, (_, line) in zip(places, ends, strict=True)
     )
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "…"
 
 
 def _svg(parts: Sequence[str], label: str) -> Markup:

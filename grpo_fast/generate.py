@@ -150,7 +150,9 @@ def main(argv: list[str] | None = None) -> int:
             temperature=asked.temperature,
             max_new_tokens=asked.max_new_tokens,
         )
-        if len(asked.prompt) != 1 and not sys.stdin.isatty():
+        if len(asked.prompt) > 1 or not (
+            asked.prompt or sys.stdin.isatty()
+        ):  # else one can see what was asked
             print(("" if answered == 0 else "\n") + "› " + plain_text(prompt, one_line=True))
         print("\n\n".join(map(shown, answers)), flush=True)
         answered += 1
