@@ -157,7 +157,8 @@ def read_toml(path: Path) -> dict[str, tuple[Any, str]]:
 
 def _read_key(name: str, value: Any, path: Path) -> dict[str, tuple[Any, str]]:
     if name not in _KINDS:
-        raise UserError(f"unknown key {name} in {path}{_hint(name)}".replace("\n", " "))
+        hint = did_you_mean(name, _SECTIONS) if isinstance(value, dict) and "." not in name else _hint(name)
+        raise UserError(f"unknown key {name} in {path}{hint}".replace("\n", " "))
     return {name: (_convert(value, _KINDS[name], name, str(path)), str(path))}
 
 

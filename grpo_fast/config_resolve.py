@@ -32,7 +32,8 @@ def loss_config(config: TrainConfig) -> LossConfig:
     try:
         return LossConfig.preset(config.loss.preset, **given)
     except (TypeError, ValueError) as error:
-        raise FieldError("loss", f"cannot be used: {error}") from None
+        name, _, problem = str(error).partition(" ")  # the kernels' messages begin with the field
+        raise FieldError(f"loss.{name}", problem) from None
 
 
 def advantage_choice(config: TrainConfig) -> tuple[str, str]:

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,8 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
 def _jsonl(path: Path) -> Records:
     with path.open("rb") as file:
         for number, data in enumerate(file, start=1):
-            text = _decode(data, path, number)
-            if text.strip():
+            text = _decode(data, path, number).rstrip()
+            if text:
                 yield f"{path}:{number}", _object(_parse_json(text, path, number), f"{path}:{number}")
 
 
@@ -83,7 +82,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> Records:
-    csv.field_size_limit(sys.maxsize)  # the module's own limit is 128 kB
+    csv.field_size_limit(2**31 - 1)  # the module's own limit is 128 kB
     text = io.StringIO(_decode(path.read_bytes(), path), newline="")
     reader = csv.DictReader(text, strict=True)
     try:
@@ -95,7 +94,7 @@ def _csv(path: Path) -> Records:
                 )
             yield f"{path}:{reader.line_num}", dict(row)
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}") from None
+        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV: {error}") from None
 
 
 def _parquet(path: Path) -> Records:

@@ -30,33 +30,31 @@ def load_function(spec: str) -> Callable[..., Any]:
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        if (
-            isinstance(error, ModuleNotFoundError)
-            and error.name
-            and f"{module_name}.".startswith(f"{error.name}.")
-        ):
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
             raise UserError(
-                f"reward function {spec}: no module {error.name}, neither in {os.getcwd()} nor installed"
+                f"reward function {spec}: no module {missing}, neither in {os.getcwd()} nor installed"
             ) from None
-        raise UserError(
-            one_line(
-                f"reward function {spec}: importing {module_name} failed: {type(error).__name__}: {error}"
-            )
-        ) from None
+        what = f"importing {module_name} failed: {described(error)}"
+        raise UserError(one_line(f"reward function {spec}: {what}")) from None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            callables = (
-                [name for name, item in vars(found).items() if callable(item)]
-                if hasattr(found, "__dict__")
-                else []
-            )
-            raise UserError(
-                f"reward function {spec}: {module_name} has no {attribute}{did_you_mean(part, callables)}"
-            )
+            callables = [name for name in dir(found) if callable(getattr(found, name, None))]
+            hint = did_you_mean(part, callables)
+            raise UserError(f"reward function {spec}: {module_name} has no {attribute}{hint}")
         found = getattr(found, part)
     if not callable(found):
         raise UserError(f"reward function {spec}: {attribute} is a {type(found).__name__}, not a function")
     return found
+
+
+def described(error: BaseException) -> str:
+    """Type, message, and where the innermost frame stands: a traceback in one line."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    place = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 class RewardFunction:

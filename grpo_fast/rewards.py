@@ -28,7 +28,7 @@ from grpo_fast.config import RewardSettings
 from grpo_fast.data import Row
 from grpo_fast.errors import UserError
 from grpo_fast.records import one_line
-from grpo_fast.reward_function import RewardFunction, load_function
+from grpo_fast.reward_function import RewardFunction, described, load_function
 from grpo_fast.suggest import did_you_mean
 
 
@@ -48,7 +48,7 @@ class RewardFunctions:
 
         So that a function that fails does so before a model is loaded.
         """
-        rows = rows[:2]
+        rows = rows[:2] or [Row("This stands for a prompt.", {}, "no row")]
         self(
             [row.plain for row in rows],
             ["This stands for a completion."] * len(rows),
@@ -116,18 +116,9 @@ class RewardFunctions:
                 ) from None
             del deadlines[index]
             if error is not None:
-                what = f"{type(error).__name__}: {error}{_place(error)}"
                 spec = self._functions[index].spec
-                raise UserError(one_line(f"reward function {spec} raised {what}")) from error
+                raise UserError(one_line(f"reward function {spec} raised {described(error)}")) from error
         return results
-
-
-def _place(error: BaseException) -> str:
-    """Where the innermost frame of the user's code stands."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace else ""
 
 
 # ---- objectives ----
