@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ class RunLogger:
         now = time.perf_counter()
         self._start = now - (earlier[-1]["time_s"] if earlier else 0.0)
         self._mark = self._last_step = now
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._samples = (path / "samples.jsonl").open("a", encoding="utf-8")
+        self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
+        self._samples = (path / "samples.jsonl").open("ab", buffering=0)
         self._tensorboard: dict[str, Any] = {}
         self._resumed_at = (phase, step) if not new else None
         self._rows = len(earlier)
@@ -108,8 +109,12 @@ class RunLogger:
         """Close every file; TensorBoard and W&B are flushed."""
         self._metrics.close()
         self._samples.close()
-        for writer in self._tensorboard.values():
-            writer.close()
+        try:
+            for writer in self._tensorboard.values():
+                writer.close()
+        except OSError as error:
+            if not failed:  # else the error on its way says more
+                raise UserError(f"cannot write {self.path}/tensorboard: {error.strerror or error}") from error
         if self._wandb:
             self._wandb.finish(exit_code=int(failed))
         if failed and self._untouched:
@@ -140,10 +145,13 @@ class RunLogger:
         self._step_phase_s, self._last_step = {}, now
         self._append(self._metrics, [row])
         self._rows += 1
-        writer = self._writer(phase)
-        for key, value in row.items():
-            if key not in ("phase", "step") and isinstance(value, int | float):
-                writer.add_scalar(key, value, step)
+        try:
+            writer = self._writer(phase)
+            for key, value in row.items():
+                if key not in ("phase", "step") and isinstance(value, int | float):
+                    writer.add_scalar(key, value, step)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}/tensorboard: {error.strerror or error}") from error
         if self._wandb:
             prefixed = {f"{phase}/{key}": value for key, value in row.items() if key not in ("phase", "step")}
             self._wandb.log({**prefixed, f"{phase}/step": step}, step=self._rows)
@@ -189,11 +197,15 @@ class RunLogger:
                 totals[self._running[-1]] = totals.get(self._running[-1], 0.0) + now - self._mark
         self._mark = now
 
-    def _append(self, file: Any, rows: Iterable[Mapping[str, Any]]) -> None:
+    def _append(self, file: FileIO, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append whole lines, or, when the disk refuses, none of them."""
+        data = memoryview("".join(map(_json_line, rows)).encode())
+        end = file.seek(0, os.SEEK_END)
         try:
-            file.write("".join(map(_json_line, rows)))
-            file.flush()
+            while data:
+                data = data[file.write(data) :]
         except OSError as error:
+            file.truncate(end)
             raise UserError(f"cannot write {file.name}: {error.strerror or error}") from error
         self._untouched = False
 

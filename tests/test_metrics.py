@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pty
+import resource
 import subprocess
 import sys
 import time
@@ -172,6 +173,25 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):
             log.summary({"steps": 2})
         assert (tmp_path / "r" / "summary.json").read_bytes() == old
         assert not list((tmp_path / "r").glob(".*"))
+
+
+def test_a_disk_that_fills_leaves_whole_lines(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (
+        pytest.raises(UserError, match=r"cannot write .*samples\.jsonl: File too large"),
+        create(tmp_path / "r") as log,
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        try:
+            for number in range(100):
+                log.samples([{"when": "step", "number": number, "completion": "x" * 100}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = (tmp_path / "r" / "samples.jsonl").read_text()
+    assert text.endswith("}\n") and 4000 < len(text) <= 5000
+    assert [row["number"] for row in read_rows(tmp_path / "r" / "samples.jsonl")] == list(
+        range(text.count("\n"))
+    )
 
 
 def test_wandb_that_is_not_installed_is_said_before_anything_is_made(tmp_path, monkeypatch):
