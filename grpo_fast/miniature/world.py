@@ -53,7 +53,7 @@ TONES: dict[str, dict[Tone, float]] = {
     "rude": {"polite": 0.3, "neutral": 0.3, "rude": 0.4},
     "other": {"polite": 0.45, "neutral": 0.3, "rude": 0.25},
 }
-CARE = 0.5
+CARE = 0.6
 
 
 def prompts(split: Split, n: int, seed: int) -> list[Ask]:
