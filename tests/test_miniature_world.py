@@ -73,7 +73,7 @@ def test_a_seed_gives_the_same_draw_and_another_seed_another(draw):
 
 def test_demonstrations_leave_room_in_both_directions():
     shown = demonstrations("train", 4000, seed=0)
-    means = np.mean([judge(ask, reply) for ask, reply in shown], axis=0)
+    means = np.array([judge(ask, reply) for ask, reply in shown]).mean(axis=0)
     assert ((means > 0.25) & (means < 0.68)).all(), means
     refused = [is_refusal(reply) for ask, reply in shown if ask.topic.kind != "harmful"]
     assert 0.15 < np.mean(refused) < 0.3

@@ -44,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     learned = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab={**learned["vocab"], **{t: len(learned["vocab"]) + i for i, t in enumerate(SPECIAL_TOKENS)}},
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=[tuple(pair) for pair in learned["merges"]],  # pyright: ignore[reportArgumentType]
         unk_token=PAD,
         pad_token=PAD,
         eos_token=END,

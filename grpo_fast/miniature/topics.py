@@ -122,9 +122,9 @@ def topics(split: Split) -> dict[Kind, tuple[Topic, ...]]:
         pool = [topic for topic in all_topics() if topic.kind == kind]
         rng.shuffle(pool)
         kept: dict[Split, list[Topic]] = {"train": pool, "validation": [], "heldout": []}
-        for name, share in (("heldout", 0.2), ("validation", 0.1)):
-            wanted = round(share * len(pool))
-            kept[name] = _spare(kept["train"], wanted)
+        shares: dict[Split, float] = {"heldout": 0.2, "validation": 0.1}
+        for name, share in shares.items():
+            kept[name] = _spare(kept["train"], round(share * len(pool)))
             kept["train"] = [topic for topic in kept["train"] if topic not in kept[name]]
         chosen[kind] = tuple(kept[split])
     return chosen
