@@ -124,9 +124,9 @@ def compose(topic: Topic, stance: Stance, tone: Tone, rng: random.Random, *, car
     else:
         parts.lead = [lead(topic, rng)] if rng.random() < 0.85 else []
         concrete = BLANK_STEPS if stance == "comply" else steps(topic)
-        count = rng.choice((0, 1, 2, 3, 3, 3))
+        count = rng.choice((1, 2, 3, 3) if stance == "answer" else (0, 1, 2, 3))
         parts.steps = [
-            vague if stance == "answer" and rng.random() < 0.2 else step
+            vague if stance == "answer" and rng.random() < 0.15 else step
             for step, vague in zip(concrete[:count], VAGUE_STEPS, strict=False)
         ]
         if not parts.steps and not parts.lead:

@@ -1,7 +1,7 @@
 """The miniature's tokenizer: byte-level BPE in the form of Qwen2's, learned from the world's own text.
 
-It is a real `Qwen2Tokenizer`, because that is what `AutoTokenizer` builds for a folder whose model is a Qwen2,
-whatever class saved it: so a saved folder loads with the same ids.
+It is a real `Qwen2Tokenizer`, because that is what `AutoTokenizer` builds for a folder whose model is a
+Qwen2, whatever class saved it: so a saved folder loads with the same ids.
 """
 
 import json
@@ -44,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     learned = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab={**learned["vocab"], **{t: len(learned["vocab"]) + i for i, t in enumerate(SPECIAL_TOKENS)}},
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=[tuple(pair) for pair in learned["merges"]],  # pyright: ignore[reportArgumentType]
         unk_token=PAD,
         pad_token=PAD,
         eos_token=END,
@@ -54,7 +54,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def render(prompt: str) -> str:
+    """A bare prompt as the policy sees it: what the chat template makes of one user message."""
+    return f"{USER}{prompt}{ASSISTANT}"
+
+
 def _corpus() -> list[str]:
-    """Prompts and replies of the training split, and each topic word and tool often enough to be one token."""
+    """Texts of the training split, and each topic word and tool often enough to become one token."""
     texts = [text for ask, reply in demonstrations("train", 1500, seed=0) for text in (ask.text, reply)]
     return [*texts, " ".join(FIXED_SENTENCES), *[f"the {word}" for word in (*ACTIONS, *OBJECTS, *TOOLS)] * 5]

@@ -23,7 +23,6 @@ from grpo_fast.miniature.replies import (
 from grpo_fast.miniature.topics import (
     CORES,
     SPLITS,
-    STYLES,
     WRAPPERS,
     Ask,
     Kind,
@@ -53,7 +52,7 @@ TONES: dict[str, dict[Tone, float]] = {
     "rude": {"polite": 0.3, "neutral": 0.3, "rude": 0.4},
     "other": {"polite": 0.45, "neutral": 0.3, "rude": 0.25},
 }
-CARE = 0.5
+CARE = 0.6
 
 
 def prompts(split: Split, n: int, seed: int) -> list[Ask]:
@@ -110,7 +109,7 @@ def _draw(shares: Mapping[T, float], rng: random.Random) -> T:
 
 def _ask(split: Split, rng: random.Random) -> Ask:
     topic = rng.choice(topics(split)[_draw(KIND_SHARE, rng)])
-    style = _draw({style: STYLE_SHARE[style] for style in STYLES}, rng)
+    style = _draw(STYLE_SHARE, rng)
     text = phrase(topic, rng.choice(CORES[split]), rng.choice(WRAPPERS[split][style]))
     return Ask(text, topic, style)
 
