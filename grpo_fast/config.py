@@ -161,6 +161,8 @@ class LossSettings:
     """Weight of the entropy bonus."""
     aggregation: Literal["sequence_mean", "token_mean", "constant"] | None = None
     """Divide the token losses by sequence lengths, by all tokens, or by a constant."""
+    mask_truncated: bool = False
+    """Leave completions that were cut off at the length limit out of the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,9 @@ def loss_config(config: TrainConfig) -> LossConfig:
     Raises `FieldError` when they make no loss together.
     """
     given = {
-        name: value for name, value in vars(config.loss).items() if name != "preset" and value is not None
+        name: value
+        for name, value in vars(config.loss).items()
+        if name not in ("preset", "mask_truncated") and value is not None
     }
     try:
         return LossConfig.preset(config.loss.preset, **given)

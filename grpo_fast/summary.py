@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from grpo_fast import __version__
 from grpo_fast.config import TrainConfig
 from grpo_fast.evaluate import Evaluation, compare
 from grpo_fast.metrics import peak_memory_gib
@@ -65,7 +66,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "grpo_fast": version("grpo-fast"),
+        "grpo_fast": __version__,
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
     }

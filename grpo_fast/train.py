@@ -8,7 +8,9 @@ with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs
 import time
 
 import torch
+import transformers
 
+from grpo_fast.allocator import keep_freed_memory
 from grpo_fast.cli import run_command
 from grpo_fast.config import TrainConfig
 from grpo_fast.config_cli import parse, to_toml
@@ -110,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
 def _command(argv: list[str] | None) -> int:
     asked = parse(argv)
     config = asked.config
+    keep_freed_memory()
+    transformers.utils.logging.disable_progress_bar()
     if config.threads:
         torch.set_num_threads(config.threads)
     inputs = check_inputs(config)

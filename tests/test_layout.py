@@ -13,8 +13,8 @@ PACKAGE = ROOT / "grpo_fast"
 
 # A file imports from its own floor and from lower ones only. `miniature` is a data source beside them.
 FLOORS = {
-    1: "errors suggest config config_check config_cli config_resolve data records rewards reward_function "
-    "reward_data packing attention attention_plan attention_paths metrics progress run cli checkpoint optim report "
+    1: "allocator errors suggest config config_check config_cli config_resolve data records rewards reward_function "
+    "reward_data packing attention attention_plan attention_paths metrics progress run cli checkpoint optim report charts "
     "charts",
     2: "head pretrained memory policy reward_model reward_fit engines",
     3: "scoring task rollout evaluate",
