@@ -172,7 +172,8 @@ class RewardModel(nn.Module):
         hidden = packed_hidden_states(self.model, batch)
         score = cast(nn.Linear, self.model.score)
         bias = None if score.bias is None else score.bias.float()
-        return F.linear(hidden[batch.last_index].float(), score.weight.float(), bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden[batch.last_index].float(), score.weight.float(), bias)
 
     def to_units(self, outputs: Tensor) -> Tensor:
         """Normalised outputs (S, R) in the labels' unit; for a binary head the probability of 1."""

@@ -56,7 +56,7 @@ def check_packing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if not error <= limit:  # also for NaN
         raise UserError(
             f"{type(model).__name__}: hidden states of packed sequences differ from one-by-one by "
-            f"{error:.1%} (limit {limit:.1%}); its layers leak between sequences in a row, so it is not supported"
+            f"{error:.1%} (limit {limit:.1%}); its layers leak between sequences in a row; not supported"
         )
 
 
