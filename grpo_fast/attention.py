@@ -239,7 +239,7 @@ def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
         raise UserError(
-            f"{ATTENTION_NAME} sees no padding mask: pass plan=, or set_attn_implementation('sdpa') for padded batches"
+            f"{ATTENTION_NAME} sees no padding mask: pass plan=, or set_attn_implementation('sdpa') first"
         )
 
 

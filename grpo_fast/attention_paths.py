@@ -176,7 +176,7 @@ def causal(
     )
     visible = distance >= 0
     if windowed:
-        visible &= distance < window
+        visible &= distance < (window or k_len)
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
     if grouped:
@@ -220,7 +220,7 @@ def varlen(
     softcap: float | None,
     package: str,
 ) -> Tensor:  # (L, H, D)
-    """All segments in one fused kernel of `package`, "torch" or "flash_attn", causal from the bottom right."""
+    """All segments in one kernel of `package` ("torch" or "flash_attn"), causal from the bottom right."""
     k, v = gathered_keys(k, v, plan)
     limits = (plan.cu_q, plan.cu_k, max(plan.q_lens), max(plan.k_lens))
     behind = -1 if window is None else window - 1

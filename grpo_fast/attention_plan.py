@@ -1,5 +1,4 @@
-"""What the attention function needs to know about one forward pass: who attends to whom, and where the keys
-are.
+"""What attention needs to know about one forward pass: who attends to whom, and where the keys are.
 
 A plan travels from `model.base_model(..., plan=plan)` through the model's keyword arguments to every layer's
 attention. `PackedPlan` describes sequences laid side by side, `PrefillPlan` also keeps the keys and values it
@@ -14,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
 
 CHUNK_SCORES = {"cpu": 1 << 18, "cuda": 1 << 25}
-"""Scores (float32) of one padded chunk: small enough for a core's cache on the CPU, to fill a GPU elsewhere."""
+"""Scores (float32) of one padded chunk: few enough for a core's cache, or many enough to fill a GPU."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PackedPlan:
     )
 
     @classmethod
-    def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedPlan:
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Self:
         """Independent sequences of the given lengths, no prefix shared."""
         zeros = (0,) * len(lengths)
         return cls(tuple(lengths), zeros, zeros, torch.device(device))
@@ -251,18 +251,20 @@ class DecodePlan:
 
     def mask(self, window: int | None) -> Tensor:
         """(B, 1, span) float32: 0 for the slots a row may look at, -inf for the others."""
+        if window is not None and window >= self.span:
+            window = None
         if window not in self._masks:
             slot = torch.arange(self.span, device=self._lengths.device)
             length = self._lengths[:, None]
             hidden = slot > length
-            if window is not None and window < self.span:
+            if window is not None:
                 hidden |= slot <= length - window
             mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
             self._masks[window] = mask[:, None]
         return self._masks[window]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this step's keys and values (B, K, 1, D); returns those of all slots in use, (B, K, span, D)."""
+        """Store this step's keys and values (B, K, 1, D); returns all slots in use, (B, K, span, D)."""
         rows, heads = key.shape[:2]
         if heads not in self._slot_index:
             row = torch.arange(rows * heads, device=key.device).view(rows, heads) * self.slots
