@@ -26,7 +26,8 @@ from grpo_fast import pretrained
 from grpo_fast.attention import ATTENTION_NAME
 from grpo_fast.errors import UserError
 from grpo_fast.head import head_of
-from grpo_fast.packing import PackedBatch, pack
+from grpo_fast.packing import PackedBatch
+from grpo_fast.self_check import check_head, check_packing, packed_hidden_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +91,9 @@ class Policy(nn.Module):
                 )
             base = str(PeftConfig.from_pretrained(source).base_model_name_or_path)
         config = pretrained.load_config(base, "model")
-        if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-            raise UserError(
-                f"model {path}: is a {config.model_type} classifier; a causal language model is needed"
-            )
+        for name in config.architectures or ():
+            if name.endswith("ForSequenceClassification"):
+                raise UserError(f"model {path}: is a {name}; a causal language model is needed")
         tokenizer = pretrained.load_tokenizer(source if _has_tokenizer(source) else base, "model")
         pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
         model = pretrained.load_model(
@@ -124,10 +124,9 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> Policy:
         """A model that is in memory; it is changed in place (attention, dropout, adapters)."""
-        what = type(model).__name__
-        pretrained.check_architecture(type(model), model.config, what)
+        pretrained.check_architecture(type(model), model.config, "model")
         rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-        pretrained.check_vocabulary(tokenizer, rows, what)
+        pretrained.check_vocabulary(tokenizer, rows, "model")
         wrapped = None if lora is None else _add_lora(model, lora)
         return cls._finish(model, tokenizer, wrapped, gradient_checkpointing)
 
@@ -139,7 +138,6 @@ class Policy(nn.Module):
         peft_model: PeftModel | None,
         gradient_checkpointing: bool,
     ) -> Policy:
-        what = type(model).__name__
         if peft_model is not None:
             _refuse_lora_on_head(model)
         if model.config._attn_implementation != ATTENTION_NAME:
@@ -147,7 +145,7 @@ class Policy(nn.Module):
         head_of(model)  # refuses heads whose logits cannot be computed from hidden @ weight
         pretrained.switch_off_dropout(model)
         if gradient_checkpointing:
-            pretrained.enable_gradient_checkpointing(model, what)
+            pretrained.enable_gradient_checkpointing(model, "model")
         return cls(model, tokenizer, peft_model=peft_model).train()
 
     @property
@@ -172,14 +170,7 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The last hidden state of every position that predicts a completion token: (N, H), model dtype."""
-        output = self.model.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            use_cache=False,  # with a cache the model treats packed sequences as one and they leak
-            plan=batch.plan,
-        )
-        return output.last_hidden_state[0].index_select(0, batch.hidden_index)
+        return packed_hidden_states(self.model, batch).index_select(0, batch.hidden_index)
 
     def forward(
         self,
@@ -280,66 +271,10 @@ class Policy(nn.Module):
             # False: the base model's embedding is not part of the adapter, and no hub is asked about it
             self.peft_model.save_pretrained(str(path), save_embedding_layers=False)
 
-    @torch.no_grad()
     def self_check(self) -> None:
-        """Compare the packed path with the model's own on a few tokens of this very model.
-
-        1. Hidden states of packed completions that share a prompt equal those of each sequence alone under
-           the model's own (eager) attention.
-        2. Hidden state x head (softcap, scale, bias) equals the model's own logits.
-
-        Raises UserError with the numbers found: such a model (convolution or recurrence beside attention, a
-        head with another form) would train on wrong probabilities without a word.
-        """
-        name, exact = type(self.model).__name__, self.model.dtype == torch.float32
-        prompts, completions, prompt_of = self._check_sequences()
-        packed_attention = str(self.model.config._attn_implementation)
-        self.model.set_attn_implementation("eager")
-        try:
-            alone_of = [
-                self._check_alone(prompts[owner], completion, 1e-3 if exact else 3e-2)
-                for owner, completion in zip(prompt_of, completions, strict=True)
-            ]
-        finally:
-            self.model.set_attn_implementation(packed_attention)
-        (batch,) = pack(prompts, completions, prompt_of=prompt_of, token_budget=4096)
-        packed = self.hidden_states(batch.to(self.device)).float()
-        alone = torch.cat([alone_of[i] for i in batch.sequence_index.tolist()])
-        errors = (packed - alone).norm(dim=1) / alone.norm(dim=1)
-        # bfloat16 rounds differently in every kernel: there the mean tells a leak (tenths) from noise.
-        error, limit = (errors.max().item(), 1e-3) if exact else (errors.mean().item(), 8e-2)
-        if not error <= limit:
-            raise UserError(
-                f"{name}: hidden states of packed sequences differ from one-by-one by {error:.1%} (limit "
-                f"{limit:.1%}); its layers leak between sequences in a row; not supported"
-            )
-
-    def _check_alone(self, prompt: list[int], completion: list[int], limit: float) -> Tensor:
-        """Hidden states (len(completion), H) that predict `completion`, once their logits are the model's."""
-        ids = torch.tensor([prompt + completion], device=self.device)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        ours = head_of(self.model).logits(hidden)
-        error = ((ours - logits).abs().max() / logits.abs().max()).item()
-        if not error <= limit:
-            raise UserError(
-                f"{type(self.model).__name__}: hidden state x head differs from the model's logits by "
-                f"{error:.1%} of the largest; this head is not supported"
-            )
-        return hidden[len(prompt) - 1 : -1].float()
-
-    def _check_sequences(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Two prompts and five short completions of ordinary tokens, always the same."""
-        special = set(self.tokenizer.all_special_ids)
-        ordinary = [i for i in self.tokenizer.get_vocab().values() if i not in special] or [0]
-        ordinary.sort()
-
-        def draw(length: int, stride: int) -> list[int]:
-            return [ordinary[(k + 1) * stride % len(ordinary)] for k in range(length)]
-
-        prompts = [draw(9, 7919), draw(6, 104729)]
-        completions = [draw(length, 1299709 + 2 * length) for length in (5, 3, 8, 4, 6)]
-        return prompts, completions, [0, 0, 0, 1, 1]
+        """Packed equals one by one, and hidden state x head the model's logits; UserError if not."""
+        check_head(self.model, self.tokenizer)
+        check_packing(self.model, self.tokenizer)
 
 
 def _has_tokenizer(folder: str) -> bool:

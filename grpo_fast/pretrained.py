@@ -192,10 +192,16 @@ def load_model(
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout layer to 0: before the first update a token's probability ratio must be 1."""
+    """Set all dropout to 0: before the first update a token's probability ratio must be 1.
+
+    Layers, and the plain numbers that some architectures hand to the functional form.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel, what: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from scipy import stats
-from torch import nn
 
 from grpo_fast.errors import UserError
+from grpo_fast.optim import Optimizer, learning_rate
 from grpo_fast.reward_data import LabelledReply, label_matrix
 from grpo_fast.reward_model import RewardModel
 
@@ -39,13 +39,12 @@ def fit(
     micro-batches as `token_budget` packed positions ask for; the split does not change the gradient. AdamW
     (fused where torch has it), linear warm-up over the share `warmup` of the steps, then cosine to zero.
     `on_step(step, steps, loss)` is called after each step, counted from 1. The same seed gives the same
-    weights. On CUDA the matrix products run in bfloat16. Raises UserError for labels that do not fit the
-    heads and for a loss that is no longer finite.
+    weights. bfloat16 weights are trained through float32 copies; with float32 weights on CUDA the matrix
+    products run in bfloat16. Raises UserError for labels that do not fit the heads and for a loss that is
+    no longer finite.
     """
     if (epochs is None) == (steps is None):
         raise ValueError("give one of epochs and steps")
-    if next(model.parameters()).dtype != torch.float32:
-        raise UserError("reward model: training needs dtype float32 (small updates are lost in bfloat16)")
     labels = label_matrix(examples, model.head_names)
     if not len(examples) or bool(torch.isnan(labels).all()):
         raise UserError(f"labelled replies: none of {len(examples)} has a label; nothing to train on")
@@ -56,16 +55,11 @@ def fit(
     per_epoch = math.ceil(len(examples) / batch_size)
     total = steps if steps is not None else max(1, round(cast(float, epochs) * per_epoch))
     device = model.model.device
-    optimizer = _adamw(model, lr, weight_decay)
-    ramp = max(1, round(warmup * total))
+    optimizer = Optimizer(model.parameters(), lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    half = device.type == "cuda" and model.model.dtype == torch.float32
     losses: list[float] = []
     model.train()
     for step, rows in enumerate(_batches(lengths, batch_size, total, seed), start=1):
-        share = min(
-            step / ramp, 0.5 + 0.5 * math.cos(math.pi * max(0, step - ramp) / max(1, total - ramp + 1))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr * share
         step_labels = labels[rows].to(device)
         counts = (~torch.isnan(step_labels)).sum(dim=0)
         index: dict[int, int] = {}
@@ -76,29 +70,22 @@ def fit(
         loss = torch.zeros((), device=device)
         for batch in batches:
             batch = batch.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 part = model.loss(batch, step_labels[batch.sequence_index], counts)
             part.backward()
             loss += part.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise UserError(
                 f"reward model: the loss is {losses[-1]} at step {step}; use a smaller lr than {lr}"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        ramp = round(warmup * total)
+        rate = learning_rate(step - 1, lr=lr, warmup_steps=ramp, total_steps=total, schedule="cosine")
+        optimizer.step(rate)
         if on_step is not None:
             on_step(step, total, losses[-1])
     model.eval()
     return losses
-
-
-def _adamw(model: RewardModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=model.model.device.type in ("cpu", "cuda"))
 
 
 def _batches(lengths: list[int], batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -33,10 +33,14 @@ from grpo_fast.attention import ATTENTION_NAME
 from grpo_fast.errors import UserError
 from grpo_fast.packing import PackedBatch, pack
 from grpo_fast.reward_data import HEADS_FILE, Head, PromptLike, read_heads, write_heads
+from grpo_fast.self_check import check_packing, packed_hidden_states
 
 
 class RewardModel(nn.Module):
-    """A decoder with one linear output for each head; `forward` gives the normalised outputs of a batch."""
+    """A decoder with one linear output for each head; `forward` gives the normalised outputs of a batch.
+
+    Making one checks that the model computes the same packed and unpacked (UserError if not).
+    """
 
     mean: Tensor  # (R,)
     std: Tensor  # (R,)
@@ -60,6 +64,7 @@ class RewardModel(nn.Module):
         self.register_buffer("std", torch.tensor([h.std for h in heads]), persistent=False)
         self.register_buffer("binary", torch.tensor([h.kind == "binary" for h in heads]), persistent=False)
         self.to(model.device)
+        check_packing(model, tokenizer)
 
     @classmethod
     def from_config(
@@ -92,6 +97,7 @@ class RewardModel(nn.Module):
         seed: int = 0,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
+        gradient_checkpointing: bool = False,
     ) -> RewardModel:
         """A language model (folder or hub id) whose head is replaced by new outputs drawn from `seed`."""
         source = pretrained.locate(path, "reward model backbone")
@@ -100,7 +106,10 @@ class RewardModel(nn.Module):
         _describe(config, tokenizer, heads)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls._load(source, config, tokenizer, heads, dtype, device, may_miss=("score.",))
+            made = cls._load(source, config, tokenizer, heads, dtype, device, may_miss=("score.",))
+        if gradient_checkpointing:
+            pretrained.enable_gradient_checkpointing(made.model, "reward model")
+        return made
 
     @classmethod
     def load(
@@ -160,18 +169,11 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Normalised outputs of a batch packed with `keep_last=True`, in its order: (S, R) float32."""
-        hidden = cast(nn.Module, self.model.base_model)(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            use_cache=False,  # with a cache the model treats packed sequences as one and they leak
-            plan=batch.plan,
-        ).last_hidden_state[0]
+        hidden = packed_hidden_states(self.model, batch)
         score = cast(nn.Linear, self.model.score)
         bias = None if score.bias is None else score.bias.float()
-        return F.linear(
-            hidden.index_select(0, cast(Tensor, batch.last_index)).float(), score.weight.float(), bias
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden[batch.last_index].float(), score.weight.float(), bias)
 
     def to_units(self, outputs: Tensor) -> Tensor:
         """Normalised outputs (S, R) in the labels' unit; for a binary head the probability of 1."""
@@ -189,7 +191,7 @@ class RewardModel(nn.Module):
         # NaN is replaced before the loss: 0 * NaN would still be NaN in the gradient.
         known = torch.where(observed, labels, self.mean)
         squared = (outputs - (known - self.mean) / self.std).square()
-        if bool(self.binary.any()):
+        if any(head.kind == "binary" for head in self.heads):
             entropy = F.binary_cross_entropy_with_logits(outputs, known.clamp(0.0, 1.0), reduction="none")
             squared = torch.where(self.binary, entropy, squared)
         counts = torch.as_tensor(normalizer, dtype=torch.float32, device=outputs.device).clamp_min(1.0)

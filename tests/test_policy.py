@@ -10,12 +10,14 @@ import pytest
 import torch
 from grpo_kernels import LossConfig
 from peft import PeftModel
-from tiny_models import END, byte_tokenizer, causal_model, config_of
+from tiny_models import END, SIZES, byte_tokenizer, causal_model, config_of
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     MambaConfig,
+    NemotronConfig,
+    OPTConfig,
     PreTrainedModel,
     Qwen3NextConfig,
     T5Config,
@@ -193,9 +195,14 @@ def test_frozen_copy_stays_where_it_was():
 
 
 def test_dropout_is_off():
-    policy = policy_of(lora=LoraSettings(rank=2))
-    assert policy.training
-    assert all(m.p == 0 for m in policy.modules() if isinstance(m, torch.nn.Dropout))
+    """As a layer (llama's adapters) and as a number (OPT): two passes in training mode are equal."""
+    config = OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5)
+    policy = Policy.from_model(AutoModelForCausalLM.from_config(config), byte_tokenizer())
+    assert policy.training and policy.model.training
+    assert torch.equal(policy.logprobs(one_batch())[0], policy.logprobs(one_batch())[0])
+    policy.self_check()
+    lora = policy_of(lora=LoraSettings(rank=2))
+    assert all(m.p == 0 for m in lora.modules() if isinstance(m, torch.nn.Dropout))
 
 
 # LoRA
@@ -271,6 +278,12 @@ def test_self_check_sees_a_leak():
     policy = policy_of()
     policy.model.set_attn_implementation("sdpa")  # ignores the plan: packed sequences see each other
     with pytest.raises(UserError, match="leak between sequences"):
+        policy.self_check()
+
+
+def test_self_check_sees_an_architecture_that_drops_the_plan():
+    policy = Policy.from_model(AutoModelForCausalLM.from_config(NemotronConfig(**SIZES)), byte_tokenizer())
+    with pytest.raises(UserError, match="NemotronForCausalLM: hidden states of packed sequences differ"):
         policy.self_check()
 
 
