@@ -70,6 +70,7 @@ def write_report(run_dir: Path | str) -> Path:
 def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | None, config_toml: str) -> str:
     """The page. Every string goes through the template's escaping, without control characters."""
     grpo = [row for row in rows if row.get("phase") == PHASES[-1]]
+    judged = _judged(grpo, summary)
     names = list((summary or {}).get("objectives") or {})
     logged = [key.removeprefix("reward/") for row in grpo for key in row if key.startswith("reward/")]
     names = list(dict.fromkeys([*names, *logged]))
@@ -88,8 +89,8 @@ def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | No
         colours=colours,
         headline=_headline(summary),
         shares=_shares((summary or {}).get("phase_s") or _phase_seconds(rows)),
-        reward_charts=_reward_charts(_judged(grpo, summary), colours),
-        policy_charts=_charts(grpo, _POLICY_CHARTS),
+        reward_charts=_reward_charts(judged, colours),
+        policy_charts=_charts(judged, _POLICY_CHARTS),
         speed_charts=[*_time_chart(grpo), *_charts(grpo, _SPEED_CHARTS)],
         early_charts=_early_charts(rows),
         other_charts=_other_charts(grpo),
@@ -197,7 +198,10 @@ def _charts(
     charts = []
     for title, hint, keys, floor in wanted:
         tones = (_QUIET, _SECOND)
-        lines = [_series(rows, key, name, tones[i % 2]) for i, (key, name) in enumerate(keys.items())]
+        lines = [
+            _series(rows, key, name, tones[i % 2], marks=key.startswith("eval/"))
+            for i, (key, name) in enumerate(keys.items())
+        ]
         charts += _chart(title, hint, lines, floor)
     return charts
 
@@ -209,6 +213,10 @@ def _judged(rows: Rows, summary: Mapping[str, Any] | None) -> Rows:
         for when, found in ends.items():
             if (judged := objective.get(f"judge_{when}")) and _number(judged.get("mean")):
                 found[f"eval/judge/{name}"] = judged["mean"]
+    refusal = (summary or {}).get("over_refusal") or {}
+    for when, found in ends.items():
+        if _number(share := (refusal.get(when) or {}).get("mean")):
+            found["eval/judge/refusal"] = share
     if not rows:
         return rows
     first, last = {"step": 0, **ends["before"]}, {**rows[-1], **ends["after"]}
