@@ -132,6 +132,7 @@ class RunLogger:
         """
         if phase not in PHASES:
             raise ValueError(f"phase must be one of {PHASES}, got {phase!r}")
+        self._charge()
         now = time.perf_counter()
         times = {f"time/{name}_s": round(value, 6) for name, value in self._step_phase_s.items()}
         row = {

@@ -7,6 +7,7 @@ forbids any (completions are hostile text), loads nothing, and follows the reade
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeGuard
 
 from jinja2 import Environment
@@ -23,6 +24,7 @@ Rows = Sequence[Mapping[str, Any]]
 _PAIRS_OPEN, _PAIRS_MOST = 6, 40
 _QUIET = "var(--line)"  # colour of a series that belongs to no objective
 _SECOND = "var(--line-2)"
+_EARLY_DETAILS = ("tokens_per_s", "trained_tokens", "memory_gib", "lr", "grad_norm")
 
 # (title, what it is, {metric: name of its line}, value the axis reaches down to)
 _POLICY_CHARTS: list[tuple[str, str, dict[str, str], float | None]] = [
@@ -68,6 +70,7 @@ def write_report(run_dir: Path | str) -> Path:
 def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | None, config_toml: str) -> str:
     """The page. Every string goes through the template's escaping, without control characters."""
     grpo = [row for row in rows if row.get("phase") == PHASES[-1]]
+    judged = _judged(grpo, summary)
     names = list((summary or {}).get("objectives") or {})
     logged = [key.removeprefix("reward/") for row in grpo for key in row if key.startswith("reward/")]
     names = list(dict.fromkeys([*names, *logged]))
@@ -86,8 +89,8 @@ def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | No
         colours=colours,
         headline=_headline(summary),
         shares=_shares((summary or {}).get("phase_s") or _phase_seconds(rows)),
-        reward_charts=_reward_charts(_judged(grpo, summary), colours),
-        policy_charts=_charts(grpo, _POLICY_CHARTS),
+        reward_charts=_reward_charts(judged, colours),
+        policy_charts=_charts(judged, _POLICY_CHARTS),
         speed_charts=[*_time_chart(grpo), *_charts(grpo, _SPEED_CHARTS)],
         early_charts=_early_charts(rows),
         other_charts=_other_charts(grpo),
@@ -195,7 +198,10 @@ def _charts(
     charts = []
     for title, hint, keys, floor in wanted:
         tones = (_QUIET, _SECOND)
-        lines = [_series(rows, key, name, tones[i % 2]) for i, (key, name) in enumerate(keys.items())]
+        lines = [
+            _series(rows, key, name, tones[i % 2], marks=key.startswith("eval/"))
+            for i, (key, name) in enumerate(keys.items())
+        ]
         charts += _chart(title, hint, lines, floor)
     return charts
 
@@ -207,6 +213,10 @@ def _judged(rows: Rows, summary: Mapping[str, Any] | None) -> Rows:
         for when, found in ends.items():
             if (judged := objective.get(f"judge_{when}")) and _number(judged.get("mean")):
                 found[f"eval/judge/{name}"] = judged["mean"]
+    refusal = (summary or {}).get("over_refusal") or {}
+    for when, found in ends.items():
+        if _number(share := (refusal.get(when) or {}).get("mean")):
+            found["eval/judge/refusal"] = share
     if not rows:
         return rows
     first, last = {"step": 0, **ends["before"]}, {**rows[-1], **ends["after"]}
@@ -231,7 +241,7 @@ def _early_charts(rows: Rows) -> list[dict[str, Any]]:
     for phase in PHASES[:-1]:
         those = [row for row in rows if row.get("phase") == phase]
         for key in dict.fromkeys(key for row in those for key in row):
-            if not _bookkeeping(key) and key not in ("tokens_per_s", "memory_gib", "lr", "grad_norm"):
+            if not _bookkeeping(key) and key not in _EARLY_DETAILS:
                 charts += _chart(
                     f"{PHASE_TITLES[phase]}: {key}".capitalize(), "", [_series(those, key, key, _QUIET)]
                 )
@@ -250,18 +260,25 @@ def _other_charts(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _time_chart(rows: Rows) -> list[dict[str, Any]]:
-    """Seconds a step, stacked by phase; what no phase timer counted is "other"."""
+    """Seconds a step, stacked by phase. What no phase timer counted is "other".
+
+    Phases of fewer than half of the steps (evaluation, checkpoints) would only be spikes and are left out.
+    """
     timed = [row for row in rows if _number(row.get("time/step_s"))]
-    names = list(_phase_seconds(timed))
-    if not timed or not names:
+    spent = {name: [row.get(f"time/{name}_s") or 0.0 for row in timed] for name in _phase_seconds(timed)}
+    layers = {name: values for name, values in spent.items() if 2 * sum(v > 0 for v in values) >= len(timed)}
+    if not layers:
         return []
-    layers = [[row.get(f"time/{name}_s") or 0.0 for row in timed] for name in names]
-    other = [max(0.0, row["time/step_s"] - sum(parts)) for row, *parts in zip(timed, *layers, strict=True)]
-    if sum(other) > 0.01 * sum(row["time/step_s"] for row in timed):
-        names, layers = [*names, "other"], [*layers, other]
-    svg = stacked_chart(names, [row["step"] for row in timed], layers, "Seconds a step by phase")
-    legend = [(name, f"var(--tone-{i % 8})") for i, name in enumerate(names)]
-    return [{"title": "Time a step", "hint": "seconds, by phase", "svg": svg, "legend": legend}]
+    rest = [row["time/step_s"] - sum(parts) for row, *parts in zip(timed, *spent.values(), strict=True)]
+    if (typical := max(0.0, median(rest))) > 0.01 * median(row["time/step_s"] for row in timed):
+        layers["other"] = [min(max(0.0, value), 3 * typical) for value in rest]  # loading is in the first one
+    svg = stacked_chart(
+        list(layers), [row["step"] for row in timed], list(layers.values()), "Seconds a step by phase"
+    )
+    legend = [(name, f"var(--tone-{i % 8})") for i, name in enumerate(layers)]
+    left_out = ", ".join(name for name in spent if name not in layers)
+    hint = f"seconds, without {left_out}" if left_out else "seconds"
+    return [{"title": "Time a step", "hint": hint, "svg": svg, "legend": legend}]
 
 
 def _phase_seconds(rows: Rows) -> dict[str, float]:

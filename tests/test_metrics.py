@@ -156,6 +156,13 @@ def test_phase_timers_count_each_second_once(tmp_path):
         assert log.phase_s["update"] == pytest.approx(
             row["time/update_s"] + second["time/update_s"], abs=1e-5
         )
+        with log.phase_timer("warm_start"):  # around several steps: each gets its own share
+            time.sleep(0.01)
+            third = log.step("grpo", 3, {})
+            time.sleep(0.01)
+        fourth = log.step("grpo", 4, {})
+        assert 0.01 <= third["time/warm_start_s"] <= third["time/step_s"] + 1e-4
+        assert 0.01 <= fourth["time/warm_start_s"] <= fourth["time/step_s"] + 1e-4
         with pytest.raises(ValueError, match="phase must be one of"):
             log.step("grpoo", 1, {})
 
