@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_fast.config import TrainConfig
+from grpo_fast.config.settings import TrainConfig
 from grpo_fast.engines.base import RolloutEngine
 from grpo_fast.task import Task
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -38,10 +39,16 @@ class Evaluation:
 
 def evaluate(task: Task, engine: RolloutEngine, config: TrainConfig, *, seed: int) -> Evaluation:
     """Sample one completion per held-out prompt, with the same random numbers whenever the seed is, and score it."""
-    completions = engine.generate([prompt.token_ids for prompt in task.heldout], 1, task.sampling(config), seed)
+    completions = engine.generate(
+        [prompt.token_ids for prompt in task.heldout], 1, task.sampling(config), seed
+    )
     texts = [task.decode(completion.token_ids) for completion in completions]
     rewards = task.scorer(task.heldout, texts)
-    judged = [task.judge(prompt, text) for prompt, text in zip(task.heldout, texts, strict=True)] if task.judge else None
+    judged = (
+        [task.judge(prompt, text) for prompt, text in zip(task.heldout, texts, strict=True)]
+        if task.judge
+        else None
+    )
     return Evaluation(
         names=list(task.scorer.names),
         completions=texts,
@@ -101,7 +108,9 @@ def compare(before: Evaluation, after: Evaluation, weights: Sequence[float]) -> 
         }
     return {
         "objectives": objectives,
-        "mean_judge_change": mean_with_interval(torch.stack(judge_changes).mean(0)) if judge_changes else None,
+        "mean_judge_change": mean_with_interval(torch.stack(judge_changes).mean(0))
+        if judge_changes
+        else None,
         "over_refusal": refusal,
         "prompts": len(before.completions),
     }

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import transformers
 
-from grpo_fast.cli import Parser, run_command
-from grpo_fast.config import TrainConfig
-from grpo_fast.config_cli import parse
-from grpo_fast.data import Row, tokenize
+from grpo_fast.config.command_line import parse
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.data.prompts import Row, tokenize
 from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.errors import UserError
-from grpo_fast.metrics import read_summary
-from grpo_fast.policy import Policy
-from grpo_fast.progress import plain_text
-from grpo_fast.reward_model import RewardModel
+from grpo_fast.models.policy import Policy
+from grpo_fast.models.reward_model import RewardModel
+from grpo_fast.run.command import Parser, run_command
+from grpo_fast.run.metrics import read_summary
+from grpo_fast.run.progress import plain_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ import torch
 from grpo_kernels import LossConfig
 from torch import Tensor
 
-from grpo_fast.config import TrainConfig
-from grpo_fast.config_resolve import constant_normalizer, loss_config
+from grpo_fast.config.resolve import constant_normalizer, loss_config
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
 from grpo_fast.packing import PackedBatch, pack
-from grpo_fast.policy import Policy
 from grpo_fast.rollout import Rollout
 
 
@@ -37,7 +37,9 @@ def update(
         kept = with_signal(rollout, sequences, loss, mask_truncated=config.loss.mask_truncated)
         batches = packed(rollout, kept, config.optim.token_budget, policy.device)
         known = [known_logprobs(policy, reference, batch, loss, config, old=several) for batch in batches]
-        parts.append((list(zip(batches, known, strict=True)), step_normalizer(rollout, sequences, loss, config)))
+        parts.append(
+            (list(zip(batches, known, strict=True)), step_normalizer(rollout, sequences, loss, config))
+        )
 
     advantages = rollout.advantages.to(policy.device)
     sampled_logprobs = [completion.logprobs for completion in rollout.completions]
@@ -87,7 +89,9 @@ def split_by_prompt(rollout: Rollout, minibatches: int) -> list[list[int]]:
     ]
 
 
-def with_signal(rollout: Rollout, sequences: list[int], loss: LossConfig, *, mask_truncated: bool) -> list[int]:
+def with_signal(
+    rollout: Rollout, sequences: list[int], loss: LossConfig, *, mask_truncated: bool
+) -> list[int]:
     """The sequences whose gradient can differ from zero: the others never reach the transformer.
 
     A zero advantage leaves only the KL and entropy terms. With `mask_truncated` a completion that was cut off at
@@ -121,11 +125,21 @@ def step_normalizer(rollout: Rollout, sequences: list[int], loss: LossConfig, co
     """What the summed loss of one optimizer step is divided by, sequences without signal included."""
     if loss.aggregation == "token_mean":
         return float(sum(len(rollout.completions[i].token_ids) for i in sequences))
-    return constant_normalizer(config, len(sequences)) if loss.aggregation == "constant" else float(len(sequences))
+    return (
+        constant_normalizer(config, len(sequences))
+        if loss.aggregation == "constant"
+        else float(len(sequences))
+    )
 
 
 def known_logprobs(
-    policy: Policy, reference: Policy | None, batch: PackedBatch, loss: LossConfig, config: TrainConfig, *, old: bool
+    policy: Policy,
+    reference: Policy | None,
+    batch: PackedBatch,
+    loss: LossConfig,
+    config: TrainConfig,
+    *,
+    old: bool,
 ) -> dict[str, Tensor]:
     """Log-probs (N,) float32 of the old and of the reference policy, where the loss needs them."""
     known: dict[str, Tensor] = {}
@@ -134,7 +148,9 @@ def known_logprobs(
         known["old_logprobs"] = policy.logprobs(batch, temperature=temperature)[0]
     if loss.kl_coef != 0:
         scorer = policy if reference is None else reference
-        known["ref_logprobs"] = scorer.logprobs(batch, temperature=temperature, reference=reference is None)[0]
+        known["ref_logprobs"] = scorer.logprobs(batch, temperature=temperature, reference=reference is None)[
+            0
+        ]
     return known
 
 

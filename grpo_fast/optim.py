@@ -53,7 +53,9 @@ class Optimizer:
         ]
         groups = [group for group in groups if group["params"]]
         if kind == "adafactor":
-            self.inner: torch.optim.Optimizer = torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay)
+            self.inner: torch.optim.Optimizer = torch.optim.Adafactor(
+                groups, lr=lr, weight_decay=weight_decay
+            )
         else:
             self.inner = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

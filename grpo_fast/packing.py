@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_fast.attention_plan import PackedPlan
+from grpo_fast.attention.plan import PackedPlan
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from grpo_fast.config import TrainConfig
-from grpo_fast.config_resolve import advantage_choice, loss_config, resolve_device, resolve_dtype, run_path
-from grpo_fast.memory import MemoryEstimate, count_parameters, memory_estimate
+from grpo_fast.config.resolve import advantage_choice, loss_config, resolve_device, resolve_dtype, run_path
+from grpo_fast.config.settings import TrainConfig
 from grpo_fast.miniature.setup import TRAINING_PROMPTS, tiny_config
 from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.miniature.world import OBJECTIVES
-from grpo_fast.rewards import objective_weights
+from grpo_fast.models.memory import MemoryEstimate, count_parameters, memory_estimate
+from grpo_fast.rewards.functions import objective_weights
 from grpo_fast.task import Inputs, Task, load
 
 GIB = 2**30
@@ -81,7 +81,13 @@ def _plan_table(config: TrainConfig, policy: PreTrainedConfig, task: Task | None
     trained = counts.total if config.policy.lora_rank == 0 else config.policy.lora_rank * counts.lora_per_rank
     mode, scale = advantage_choice(config)
     completions = rollout.prompts_per_step * rollout.group_size
-    reference = "none" if loss.kl_coef == 0 else "the adapter switched off" if config.policy.lora_rank else "frozen copy"
+    reference = (
+        "none"
+        if loss.kl_coef == 0
+        else "the adapter switched off"
+        if config.policy.lora_rank
+        else "frozen copy"
+    )
     longest = max(len(prompt.token_ids) for prompt in [*task.prompts, *task.heldout]) if task else None
     training, heldout = (
         (len(task.prompts), len(task.heldout)) if task else (TRAINING_PROMPTS, config.data.eval_size)
@@ -89,11 +95,15 @@ def _plan_table(config: TrainConfig, policy: PreTrainedConfig, task: Task | None
     table = Table(title="Plan", title_justify="left", show_header=False)
     table.add_row("policy", f"{config.policy.model or 'the miniature, built and warm-started here'}")
     table.add_row("architecture", f"{policy.model_type}, {counts.total:,} parameters, {trained:,} trained")
-    table.add_row("objectives", ", ".join(f"{name} × {weight:g}" for name, weight in zip(names, weights, strict=True)))
+    table.add_row(
+        "objectives", ", ".join(f"{name} × {weight:g}" for name, weight in zip(names, weights, strict=True))
+    )
     table.add_row("prompts", f"{training:,} for training, {heldout:,} held out")
     if longest is not None:
         table.add_row("longest prompt", f"{longest} tokens (limit {config.data.max_prompt_tokens})")
-    table.add_row("one step", f"{rollout.prompts_per_step} prompts × {rollout.group_size} completions = {completions}")
+    table.add_row(
+        "one step", f"{rollout.prompts_per_step} prompts × {rollout.group_size} completions = {completions}"
+    )
     table.add_row("tokens a step", f"up to {completions * rollout.max_new_tokens:,} generated and trained on")
     table.add_row("loss", f"{config.loss.preset}, KL coefficient {loss.kl_coef:g}, reference: {reference}")
     table.add_row("advantages", f"{mode}, scaled by {scale}")

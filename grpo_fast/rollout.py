@@ -11,9 +11,9 @@ import torch
 from grpo_kernels import group_advantages
 from torch import Tensor
 
-from grpo_fast.config import TrainConfig
-from grpo_fast.config_resolve import advantage_choice
-from grpo_fast.data import Prompt
+from grpo_fast.config.resolve import advantage_choice
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.data.prompts import Prompt
 from grpo_fast.engines.base import Completion, RolloutEngine
 from grpo_fast.task import Task
 
@@ -81,7 +81,9 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str], group_size: int) -> 
         groups = values.view(-1, group_size)
         spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
         metrics[f"group_std/{name}"] = spread.nanmean().item()
-    lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions], dtype=torch.float32)
+    lengths = torch.tensor(
+        [len(completion.token_ids) for completion in rollout.completions], dtype=torch.float32
+    )
     cut = sum(completion.finish_reason == "length" for completion in rollout.completions)
     flat = (rollout.advantages.view(-1, group_size) == 0).all(1).float().mean().item()
     return metrics | {

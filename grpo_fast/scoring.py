@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_fast.config import RewardSettings
-from grpo_fast.data import Prompt
-from grpo_fast.reward_model import RewardModel
-from grpo_fast.rewards import RewardFunctions, combine_names, objective_weights
+from grpo_fast.config.settings import RewardSettings
+from grpo_fast.data.prompts import Prompt
+from grpo_fast.models.reward_model import RewardModel
+from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights
 
 
 @dataclass(frozen=True, kw_only=True)

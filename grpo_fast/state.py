@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from grpo_fast import checkpoint
 from grpo_fast.errors import UserError
 from grpo_fast.evaluate import Evaluation
-from grpo_fast.metrics import RunLogger, write_atomically
+from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
-from grpo_fast.policy import Policy
+from grpo_fast.run import checkpoint
+from grpo_fast.run.metrics import RunLogger, write_atomically
 
 EVALUATION_FILE = "evaluation_before.json"
 
@@ -45,7 +45,9 @@ def restore(run_dir: Path, policy: Policy, optimizer: Optimizer) -> int:
         saved = groups["model"].get(name)
         if saved is None or saved.shape != parameter.shape:
             found = "is missing" if saved is None else f"has shape {tuple(saved.shape)}"
-            raise UserError(f"checkpoint {path}: weight {name} {found}, the policy has {tuple(parameter.shape)}")
+            raise UserError(
+                f"checkpoint {path}: weight {name} {found}, the policy has {tuple(parameter.shape)}"
+            )
         parameter.copy_(saved)
     optimizer.load_state_dict(
         {

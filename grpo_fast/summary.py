@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from grpo_fast import __version__
-from grpo_fast.config import TrainConfig
+from grpo_fast.config.settings import TrainConfig
 from grpo_fast.evaluate import Evaluation, compare
-from grpo_fast.metrics import peak_memory_gib
-from grpo_fast.report import write_report
-from grpo_fast.run import Run
+from grpo_fast.report.page import write_report
+from grpo_fast.run.live import Run
+from grpo_fast.run.metrics import peak_memory_gib
 from grpo_fast.task import Task
 
 
@@ -61,7 +61,11 @@ def sample_rows(when: str, step: int, task: Task, evaluation: Evaluation, n: int
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What the run ran on: versions, device, threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

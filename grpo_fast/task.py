@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from grpo_fast.config import TrainConfig
-from grpo_fast.config_resolve import check_paths, loss_config, resolve_device, resolve_dtype
-from grpo_fast.data import Prompt, Row, hold_out, read_rows, spaced, tokenize
+from grpo_fast.config.resolve import check_paths, loss_config, resolve_device, resolve_dtype
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.engines.base import Sampling
 from grpo_fast.errors import UserError
-from grpo_fast.policy import LoraSettings, Policy
-from grpo_fast.reward_model import RewardModel
-from grpo_fast.rewards import RewardFunctions, combine_names, objective_weights, reward_model_heads
+from grpo_fast.models.policy import LoraSettings, Policy
+from grpo_fast.models.reward_model import RewardModel
+from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights, reward_model_heads
 from grpo_fast.scoring import Scorer
 
 Judge = Callable[[Prompt, str], dict[str, float]]
@@ -101,7 +101,9 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
         )
         for rows in (inputs.training, inputs.heldout)
     )
-    reward_model = RewardModel.load(config.reward.model, device=device, dtype=dtype) if config.reward.model else None
+    reward_model = (
+        RewardModel.load(config.reward.model, device=device, dtype=dtype) if config.reward.model else None
+    )
     scorer = Scorer.create(config.reward, reward_model, inputs.functions)
     return Task(policy=policy, scorer=scorer, prompts=prompts, heldout=heldout)
 

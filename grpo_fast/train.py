@@ -10,21 +10,21 @@ import time
 import torch
 import transformers
 
-from grpo_fast.allocator import keep_freed_memory
-from grpo_fast.cli import run_command
-from grpo_fast.config import TrainConfig
-from grpo_fast.config_cli import parse, to_toml
-from grpo_fast.config_resolve import loss_config, run_path
-from grpo_fast.data import PromptSampler
+from grpo_fast.config.command_line import parse, to_toml
+from grpo_fast.config.resolve import loss_config, run_path
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.data.prompts import PromptSampler
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
-from grpo_fast.metrics import RunLogger
 from grpo_fast.miniature.setup import prepare
 from grpo_fast.optim import Optimizer, learning_rate
 from grpo_fast.plan import print_plan
 from grpo_fast.rollout import collect, rollout_metrics
-from grpo_fast.run import Run, Stopped
+from grpo_fast.run.allocator import keep_freed_memory
+from grpo_fast.run.command import run_command
+from grpo_fast.run.live import Run, Stopped
+from grpo_fast.run.metrics import RunLogger
 from grpo_fast.state import restore, resumed_logger, save, save_evaluation, saved_evaluation
 from grpo_fast.summary import sample_rows, write_results
 from grpo_fast.task import Inputs, check_inputs, load
@@ -64,7 +64,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     for step in range(first, steps):
         started = time.perf_counter()
         prompts = [task.prompts[index] for index in sampler.indices(step)]
-        rollout = collect(prompts, task, engine, config, seed=evaluation_seed + step + 1, timer=run.phase_timer)
+        rollout = collect(
+            prompts, task, engine, config, seed=evaluation_seed + step + 1, timer=run.phase_timer
+        )
         lr = learning_rate(
             step,
             lr=config.optim.lr,

@@ -16,9 +16,12 @@ from grpo_kernels import LossConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_fast import config as config_module
-from grpo_fast import config_check
-from grpo_fast.config import (
+from grpo_fast.config import check as config_check
+from grpo_fast.config import settings as config_module
+from grpo_fast.config.check import FieldError, flatten
+from grpo_fast.config.command_line import parse, to_toml
+from grpo_fast.config.resolve import advantage_choice, loss_config
+from grpo_fast.config.settings import (
     LossSettings,
     OptimSettings,
     PolicySettings,
@@ -26,9 +29,6 @@ from grpo_fast.config import (
     RunSettings,
     TrainConfig,
 )
-from grpo_fast.config_check import FieldError, flatten
-from grpo_fast.config_cli import parse, to_toml
-from grpo_fast.config_resolve import advantage_choice, loss_config
 from grpo_fast.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -226,7 +226,7 @@ def test_every_field_has_its_line_of_help():
 
 
 def test_help_shows_every_flag():
-    code = "from grpo_fast.config_cli import parse; parse(['--help'])"
+    code = "from grpo_fast.config.command_line import parse; parse(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     for name in [*flatten(TrainConfig()), "config", "dry_run", "resume"]:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from grpo_kernels import LossConfig
 
-from grpo_fast.config import AdvantageSettings, LossSettings, PolicySettings, TrainConfig
-from grpo_fast.config_check import FieldError
-from grpo_fast.config_cli import parse
-from grpo_fast.config_resolve import (
+from grpo_fast.config.check import FieldError
+from grpo_fast.config.command_line import parse
+from grpo_fast.config.resolve import (
     advantage_choice,
     check_paths,
     constant_normalizer,
@@ -21,6 +20,7 @@ from grpo_fast.config_resolve import (
     resolve_dtype,
     run_path,
 )
+from grpo_fast.config.settings import AdvantageSettings, LossSettings, PolicySettings, TrainConfig
 from grpo_fast.errors import UserError
 
 

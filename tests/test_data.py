@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_fast.data import PromptSampler, Row, hold_out, load_prompts, read_rows, spaced, tokenize
+from grpo_fast.data.prompts import PromptSampler, Row, hold_out, load_prompts, read_rows, spaced, tokenize
 from grpo_fast.errors import UserError
 
 TEMPLATE = (

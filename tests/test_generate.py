@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_fast.cli import run_command
-from grpo_fast.config import RolloutSettings, TrainConfig
-from grpo_fast.config_cli import to_toml
+from grpo_fast.config.command_line import to_toml
+from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.generate import Speaker, main
-from grpo_fast.policy import LoraSettings, Policy
-from grpo_fast.reward_data import Head
-from grpo_fast.reward_model import RewardModel
+from grpo_fast.models.policy import LoraSettings, Policy
+from grpo_fast.models.reward_data import Head
+from grpo_fast.models.reward_model import RewardModel
+from grpo_fast.run.command import run_command
 from tests.tiny import causal_lm, save_policy
 
 ROLLOUT = RolloutSettings(max_new_tokens=8, temperature=1.0)

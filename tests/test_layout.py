@@ -13,10 +13,8 @@ PACKAGE = ROOT / "grpo_fast"
 
 # A file imports from its own floor and from lower ones only. `miniature` is a data source beside them.
 FLOORS = {
-    1: "allocator errors suggest config config_check config_cli config_resolve data records rewards reward_function "
-    "reward_data packing attention attention_plan attention_paths metrics progress run cli checkpoint optim report charts "
-    "charts",
-    2: "head pretrained memory policy reward_model reward_fit engines",
+    1: "errors config data rewards packing attention run report optim",
+    2: "models engines",
     3: "scoring task rollout evaluate",
     4: "grpo state summary",
     5: "train plan generate",
@@ -35,7 +33,9 @@ def imported_modules(path: Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith("grpo_fast.") and not name.endswith("__")}
+        found |= {
+            name.split(".")[1] for name in names if name.startswith("grpo_fast.") and not name.endswith("__")
+        }
     return found
 
 
@@ -76,7 +76,18 @@ def test_kernels_import_nothing_of_the_trainer():
 def wheel(tmp_path_factory) -> Path:
     pytest.importorskip("hatchling", reason="the build back-end is part of the dev extra")
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        ROOT,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return next(folder.glob("*.whl"))
 
@@ -98,6 +109,8 @@ def test_the_wheel_works_where_the_checkout_is_not(wheel, tmp_path):
         "from grpo_fast.train import main\n"
         "main(['--dry-run'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(site)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(site)], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "1024" in done.stdout or "parameters" in done.stdout

@@ -9,10 +9,10 @@ import torch
 from tiny_models import byte_tokenizer, causal_model, config_of
 from transformers import Qwen2Config
 
-from grpo_fast.head import head_of
-from grpo_fast.memory import activation_bytes, count_parameters, memory_estimate
+from grpo_fast.models.head import head_of
+from grpo_fast.models.memory import activation_bytes, count_parameters, memory_estimate
+from grpo_fast.models.policy import LoraSettings, Policy
 from grpo_fast.packing import pack
-from grpo_fast.policy import LoraSettings, Policy
 
 SEVEN_B = Qwen2Config(
     vocab_size=152_064,

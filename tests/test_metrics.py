@@ -17,11 +17,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grpo_fast import metrics
-from grpo_fast.cli import run_command
 from grpo_fast.errors import UserError
-from grpo_fast.metrics import RunLogger, read_rows, read_summary, reproducible
-from grpo_fast.progress import Progress, duration, plain_text, si, sparkline
+from grpo_fast.run import metrics
+from grpo_fast.run.command import run_command
+from grpo_fast.run.metrics import RunLogger, read_rows, read_summary, reproducible
+from grpo_fast.run.progress import Progress, duration, plain_text, si, sparkline
 
 
 def create(path) -> RunLogger:
@@ -285,7 +285,7 @@ def in_a_terminal(script: str, columns: int) -> str:
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_is_given_back_when_the_run_fails(columns):
     shown = in_a_terminal(
-        "from grpo_fast.progress import Progress\n"
+        "from grpo_fast.run.progress import Progress\n"
         "with Progress(['safety', 'actionability']) as p:\n"
         "    p.phase('grpo', 9)\n"
         "    for s in range(1, 8):\n"

@@ -11,7 +11,13 @@ from grpo_fast.optim import Optimizer, learning_rate
 
 def test_learning_rate_warms_up_and_decays():
     settings = {"lr": 1.0, "warmup_steps": 4, "total_steps": 14}
-    assert [learning_rate(s, schedule="constant", **settings) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [learning_rate(s, schedule="constant", **settings) for s in range(5)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+    ]
     assert learning_rate(9, schedule="cosine", **settings) == pytest.approx(0.5)
     assert learning_rate(9, schedule="linear", **settings) == pytest.approx(0.5)
     assert learning_rate(14, schedule="cosine", **settings) == pytest.approx(0.0)

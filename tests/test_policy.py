@@ -23,11 +23,11 @@ from transformers import (
     T5Config,
 )
 
-from grpo_fast import pretrained
 from grpo_fast.errors import UserError
-from grpo_fast.head import head_of
+from grpo_fast.models import pretrained
+from grpo_fast.models.head import head_of
+from grpo_fast.models.policy import LoraSettings, Policy
 from grpo_fast.packing import PackedBatch, pack
-from grpo_fast.policy import LoraSettings, Policy
 
 FAMILIES = ("qwen2", "llama", "gemma2")
 PROMPTS = [[5, 9, 200, 31, 7, 7, 90], [88, 14, 3]]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast.charts import Series, line_chart, stacked_chart, tick_text, ticks
-from grpo_fast.cli import run_command
 from grpo_fast.errors import UserError
-from grpo_fast.report import figure, interval, main, signed, write_report
+from grpo_fast.report.charts import Series, line_chart, stacked_chart, tick_text, ticks
+from grpo_fast.report.page import figure, interval, main, signed, write_report
+from grpo_fast.run.command import run_command
 
 NAMES = ["safety", "tone"]
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(2)> \x1b[31m\u202e'\"{{ 7*7 }}&amp;\x00"

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig, MambaConfig, NemotronConfig
 
 from grpo_fast.errors import UserError
-from grpo_fast.reward_data import Head, LabelledReply, heads_of
-from grpo_fast.reward_fit import fit, held_out_report
-from grpo_fast.reward_model import RewardModel
+from grpo_fast.models.reward_data import Head, LabelledReply, heads_of
+from grpo_fast.models.reward_fit import fit, held_out_report
+from grpo_fast.models.reward_model import RewardModel
 
 NAN = float("nan")
 HEADS = [

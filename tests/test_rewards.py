@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import grpo_fast
-from grpo_fast.config import RewardSettings
-from grpo_fast.data import Row
+from grpo_fast.config.settings import RewardSettings
+from grpo_fast.data.prompts import Row
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import (
+from grpo_fast.rewards.functions import (
     RewardFunctions,
     combine_names,
     load_function,
@@ -220,7 +220,7 @@ def test_the_time_limit_ends_the_wait():
 
 def test_a_function_that_hangs_does_not_hold_the_interpreter(tmp_path: Path):
     code = (
-        "from grpo_fast.rewards import RewardFunctions\n"
+        "from grpo_fast.rewards.functions import RewardFunctions\n"
         "try: RewardFunctions(['my_rewards:hangs'], timeout_s=0.2)(['p'], ['c'], [{}])\n"
         "except ValueError as error: print(error)"
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast.metrics import read_rows, reproducible
-from grpo_fast.run import Run
+from grpo_fast.run.live import Run
+from grpo_fast.run.metrics import read_rows, reproducible
 from grpo_fast.train import main
 from tests.tiny import TINY_MINIATURE, save_policy, write_config, write_prompts
 
@@ -47,10 +47,15 @@ def test_a_run_leaves_everything_the_design_names(tiny_run):
     names = {path.name for path in tiny_run.iterdir()}
     assert {"config.toml", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "model"} <= names
     assert list((tiny_run / "tensorboard").rglob("events.*"))
-    assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == [
+        "step-000004",
+        "step-000006",
+    ]
     summary = json.loads((tiny_run / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["steps"] == 6 and summary["prompts"] == 12
-    assert {"warm_start", "reward_model", "generate", "reward", "update", "evaluate"} <= set(summary["phase_s"])
+    assert {"warm_start", "reward_model", "generate", "reward", "update", "evaluate"} <= set(
+        summary["phase_s"]
+    )
     assert summary["wall_s"] > 0 and summary["tokens_per_s"] > 0 and summary["peak_memory_gib"] > 0
     for name in ("safety", "politeness", "meaningfulness", "actionability"):
         entry = summary["objectives"][name]
@@ -59,7 +64,10 @@ def test_a_run_leaves_everything_the_design_names(tiny_run):
             assert low <= entry[key]["mean"] <= high
         assert {"mae", "pearson", "spearman", "n"} <= set(summary["reward_model"][name])
     phases = [row["phase"] for row in read_rows(tiny_run / "metrics.jsonl")]
-    assert phases == sorted(phases, key=["warm_start", "reward_model", "grpo"].index) and phases.count("grpo") == 6
+    assert (
+        phases == sorted(phases, key=["warm_start", "reward_model", "grpo"].index)
+        and phases.count("grpo") == 6
+    )
     when = [row["when"] for row in read_rows(tiny_run / "samples.jsonl")]
     assert when == ["before"] * 3 + ["after"] * 3
 
@@ -108,7 +116,17 @@ def test_an_interrupted_run_goes_on_to_the_same_metrics(tiny_run, tmp_path, monk
 
 def test_sigterm_from_outside_saves_and_exits_130(tmp_path):
     recipe = write_config(tmp_path / "tiny.toml", TINY_MINIATURE.replace("steps = 6", "steps = 5000"))
-    command = [sys.executable, "-m", "grpo_fast.train", "--config", recipe, "--output-dir", tmp_path, "--name", "t"]
+    command = [
+        sys.executable,
+        "-m",
+        "grpo_fast.train",
+        "--config",
+        recipe,
+        "--output-dir",
+        tmp_path,
+        "--name",
+        "t",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         deadline = time.time() + 120
         while time.time() < deadline:
@@ -136,7 +154,9 @@ def rewards(tmp_path, monkeypatch) -> Path:
 
 def own_model_flags(folder: Path, family: str, **overrides) -> list[str]:
     policy = save_policy(folder / family, family, **overrides)
-    flags = f"--policy.model {policy} --data.prompts {write_prompts(folder / 'prompts.jsonl')} --data.eval-size 8"
+    flags = (
+        f"--policy.model {policy} --data.prompts {write_prompts(folder / 'prompts.jsonl')} --data.eval-size 8"
+    )
     flags += " --reward.functions my_rewards:counts_e --rollout.prompts-per-step 4 --rollout.group-size 8"
     flags += f" --rollout.max-new-tokens 12 --optim.lr 1e-2 --run.steps 16 --output-dir {folder} --name run"
     return flags.split()

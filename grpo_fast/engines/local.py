@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_fast.attention import use_packed_attention
-from grpo_fast.attention_plan import DecodePlan, PackedPlan, PrefillPlan
+from grpo_fast.attention.function import use_packed_attention
+from grpo_fast.attention.plan import DecodePlan, PackedPlan, PrefillPlan
 from grpo_fast.engines.base import Completion, Sampling
 from grpo_fast.engines.sampling import draw, uniforms
 from grpo_fast.errors import UserError
-from grpo_fast.head import HeadSpec, head_of
+from grpo_fast.models.head import HeadSpec, head_of
 
 Progress = Callable[[int, int, int], None]
 """Called with (completions done, completions in all, tokens so far) after every step."""

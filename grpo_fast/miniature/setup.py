@@ -6,21 +6,21 @@ import math
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_fast.config import MiniatureSettings, TrainConfig
-from grpo_fast.config_resolve import resolve_device, resolve_dtype
-from grpo_fast.data import Prompt, Row, tokenize
-from grpo_fast.metrics import write_atomically
+from grpo_fast.config.resolve import resolve_device, resolve_dtype
+from grpo_fast.config.settings import MiniatureSettings, TrainConfig
+from grpo_fast.data.prompts import Prompt, Row, tokenize
 from grpo_fast.miniature import world
 from grpo_fast.miniature.judge import is_refusal, judge
 from grpo_fast.miniature.tokenizer import build_tokenizer
+from grpo_fast.models.policy import Policy
+from grpo_fast.models.reward_data import LabelledReply, heads_of
+from grpo_fast.models.reward_fit import fit, held_out_report
+from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.optim import Optimizer, learning_rate
 from grpo_fast.packing import pack
-from grpo_fast.policy import Policy
-from grpo_fast.reward_data import LabelledReply, heads_of
-from grpo_fast.reward_fit import fit, held_out_report
-from grpo_fast.reward_model import RewardModel
-from grpo_fast.rewards import RewardFunctions
-from grpo_fast.run import Run
+from grpo_fast.rewards.functions import RewardFunctions
+from grpo_fast.run.live import Run
+from grpo_fast.run.metrics import write_atomically
 from grpo_fast.scoring import Scorer
 from grpo_fast.task import Task, lora_settings
 
@@ -66,7 +66,11 @@ def prepare(config: TrainConfig, functions: RewardFunctions | None, run: Run) ->
 def prompts(split: world.Split, n: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """`n` prompts of a split as chats of one message; the world's own view of each is in `columns["ask"]`."""
     rows = [
-        Row(_chat(ask.text), {"ask": ask, "kind": ask.topic.kind, "style": ask.style}, f"{split} prompt {index}")
+        Row(
+            _chat(ask.text),
+            {"ask": ask, "kind": ask.topic.kind, "style": ask.style},
+            f"{split} prompt {index}",
+        )
         for index, ask in enumerate(world.prompts(split, n, seed))
     ]
     return tokenize(rows, tokenizer)
@@ -92,7 +96,9 @@ def warm_start(config: TrainConfig, run: Run) -> Policy:
 
     steps_per_epoch = math.ceil(len(examples) / settings.batch_size)
     steps = steps_per_epoch * settings.warm_epochs
-    optimizer = Optimizer(policy.trainable_parameters(), lr=settings.warm_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = Optimizer(
+        policy.trainable_parameters(), lr=settings.warm_lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     order = torch.Generator().manual_seed(config.seed)
     permutation: list[int] = []
     run.begin("warm_start", steps)
@@ -103,7 +109,9 @@ def warm_start(config: TrainConfig, run: Run) -> Policy:
         chosen = permutation[first : first + settings.batch_size]
         tokens = sum(len(reply_ids[i]) for i in chosen)
         loss = 0.0
-        for batch in pack([prompt_ids[i] for i in chosen], [reply_ids[i] for i in chosen], token_budget=TOKEN_BUDGET):
+        for batch in pack(
+            [prompt_ids[i] for i in chosen], [reply_ids[i] for i in chosen], token_budget=TOKEN_BUDGET
+        ):
             part = policy.sft_loss(batch.to(policy.device), tokens)
             part.backward()
             loss += part.item()
@@ -151,7 +159,8 @@ def quality(model: RewardModel, config: TrainConfig) -> dict:
 def labelled(split: world.Split, n: int, seed: int) -> list[LabelledReply]:
     """The world's labelled replies in the form the reward model is trained on."""
     return [
-        LabelledReply(_chat(ask.text), reply, labels) for ask, reply, labels in world.labelled_replies(split, n, seed)
+        LabelledReply(_chat(ask.text), reply, labels)
+        for ask, reply, labels in world.labelled_replies(split, n, seed)
     ]
 
 

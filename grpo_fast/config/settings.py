@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from grpo_fast.config_check import check
+from grpo_fast.config.check import check
 
 Preset = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "vespo", "luspo", "rloo", "reinforce_pp"]
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_fast.errors import UserError
-from grpo_fast.records import one_line, read_records
-from grpo_fast.suggest import did_you_mean
+from grpo_fast.data.records import one_line, read_records
+from grpo_fast.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,12 +28,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo_fast import pretrained
-from grpo_fast.attention import ATTENTION_NAME
+from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.errors import UserError
+from grpo_fast.models import pretrained
+from grpo_fast.models.reward_data import HEADS_FILE, Head, PromptLike, read_heads, write_heads
+from grpo_fast.models.self_check import check_packing, packed_hidden_states
 from grpo_fast.packing import PackedBatch, pack
-from grpo_fast.reward_data import HEADS_FILE, Head, PromptLike, read_heads, write_heads
-from grpo_fast.self_check import check_packing, packed_hidden_states
 
 
 class RewardModel(nn.Module):

@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 from jinja2 import Environment
 from markupsafe import Markup
 
-from grpo_fast.charts import Series, line_chart, stacked_chart
-from grpo_fast.cli import Parser, run_command
 from grpo_fast.errors import UserError
-from grpo_fast.metrics import PHASES, read_rows, read_summary, write_atomically
-from grpo_fast.progress import PHASE_TITLES, duration, plain_text, si
+from grpo_fast.report.charts import Series, line_chart, stacked_chart
+from grpo_fast.run.command import Parser
+from grpo_fast.run.metrics import PHASES, read_rows, read_summary, write_atomically
+from grpo_fast.run.progress import PHASE_TITLES, duration, plain_text, si
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -349,7 +349,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", help="folder of the run, for example runs/miniature")
     print(write_report(parser.parse_args(argv).run))
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from grpo_fast.config import TrainConfig
+    from grpo_fast.config.settings import TrainConfig
 
 
 class FieldError(UserError):

@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.config import RewardSettings
-from grpo_fast.data import Row
-from grpo_fast.errors import UserError
-from grpo_fast.records import one_line
-from grpo_fast.reward_function import RewardFunction, described, load_function
-from grpo_fast.suggest import did_you_mean
+from grpo_fast.config.settings import RewardSettings
+from grpo_fast.data.prompts import Row
+from grpo_fast.data.records import one_line
+from grpo_fast.errors import UserError, did_you_mean
+from grpo_fast.rewards.user_function import RewardFunction, described, load_function
 
 
 class RewardFunctions:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_fast.errors import UserError
-from grpo_fast.head import head_of
+from grpo_fast.models.head import head_of
 from grpo_fast.packing import PackedBatch, pack
 
 # Limits on relative errors. bfloat16 rounds differently in every kernel: there the mean over positions is

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from grpo_fast import attention_paths as paths
-from grpo_fast.attention_plan import DecodePlan, PackedPlan, PrefillPlan
+from grpo_fast.attention import paths
+from grpo_fast.attention.plan import DecodePlan, PackedPlan, PrefillPlan
 from grpo_fast.errors import UserError
 
 __all__ = ["ATTENTION_NAME", "DecodePlan", "PackedPlan", "PrefillPlan", "attention", "use_packed_attention"]

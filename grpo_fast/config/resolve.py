@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from grpo_kernels import LossConfig
 
-from grpo_fast.config import TrainConfig
-from grpo_fast.config_check import FieldError
+from grpo_fast.config.check import FieldError
+from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 
 # What a preset's paper divides and compares by, where that is not our default.

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_fast.attention_plan import Chunk, DecodePlan, PackedPlan
+from grpo_fast.attention.plan import Chunk, DecodePlan, PackedPlan
 
 SAVED_BYTES = 1 << 24
 """Probabilities up to this size are kept from forward to backward; larger ones are computed again."""

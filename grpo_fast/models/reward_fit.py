@@ -11,9 +11,9 @@ import torch
 from scipy import stats
 
 from grpo_fast.errors import UserError
+from grpo_fast.models.reward_data import LabelledReply, label_matrix
+from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.optim import Optimizer, learning_rate
-from grpo_fast.reward_data import LabelledReply, label_matrix
-from grpo_fast.reward_model import RewardModel
 
 WINDOW_BATCHES = 16  # batches are cut from windows of this many, sorted by length
 

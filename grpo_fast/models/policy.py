@@ -22,12 +22,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_fast import pretrained
-from grpo_fast.attention import ATTENTION_NAME
+from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.errors import UserError
-from grpo_fast.head import head_of
+from grpo_fast.models import pretrained
+from grpo_fast.models.head import head_of
+from grpo_fast.models.self_check import check_head, check_packing, packed_hidden_states
 from grpo_fast.packing import PackedBatch
-from grpo_fast.self_check import check_head, check_packing, packed_hidden_states
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from grpo_fast.errors import UserError
-from grpo_fast.records import one_line
-from grpo_fast.suggest import did_you_mean
+from grpo_fast.data.records import one_line
+from grpo_fast.errors import UserError, did_you_mean
 
 _FLOAT32_MAX = 3.4e38
 

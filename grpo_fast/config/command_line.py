@@ -15,10 +15,9 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from grpo_fast.config import TrainConfig
-from grpo_fast.config_check import FieldError, flatten
-from grpo_fast.errors import UserError
-from grpo_fast.suggest import did_you_mean
+from grpo_fast.config.check import FieldError, flatten
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.errors import UserError, did_you_mean
 
 _COMMAND_LINE = "command line"
 

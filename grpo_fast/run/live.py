@@ -7,8 +7,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from grpo_fast.metrics import RunLogger, peak_memory_gib, read_rows
-from grpo_fast.progress import Progress
+from grpo_fast.run.metrics import RunLogger, peak_memory_gib, read_rows
+from grpo_fast.run.progress import Progress
 
 
 class Stopped(Exception):
@@ -66,7 +66,9 @@ class Run:
                 raise KeyboardInterrupt
             self.stop_requested = True
             name = signal.Signals(number).name
-            self.progress.message(f"{name}: stopping after this step, everything is saved; once more stops at once")
+            self.progress.message(
+                f"{name}: stopping after this step, everything is saved; once more stops at once"
+            )
 
         previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
