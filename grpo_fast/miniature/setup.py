@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
@@ -41,7 +42,7 @@ def prepare(config: TrainConfig, functions: RewardFunctions | None, run: Run) ->
             warm_start(config, run).save(start)
     if not (reward_folder / "quality.json").is_file():
         with run.phase_timer("reward_model"):
-            trained = train_reward_model(config, run)
+            trained = train_reward_model(config, start, run)
             trained.save(reward_folder)
             write_atomically(reward_folder / "quality.json", json.dumps(quality(trained, config), indent=2))
     device = resolve_device(config)
@@ -122,15 +123,12 @@ def warm_start(config: TrainConfig, run: Run) -> Policy:
     return policy
 
 
-def train_reward_model(config: TrainConfig, run: Run) -> RewardModel:
-    """A new reward model with one head per objective, trained on noisy and partly missing labels."""
-    settings, tokenizer = config.miniature, build_tokenizer()
+def train_reward_model(config: TrainConfig, start: Path, run: Run) -> RewardModel:
+    """One head per objective on the warm-started policy's backbone, trained on noisy and partly missing labels."""
+    settings = config.miniature
     examples = labelled("train", settings.labelled, config.seed)
     heads = heads_of(world.OBJECTIVES, examples)
-    backbone = tiny_config(settings, tokenizer, settings.reward_layers)
-    model = RewardModel.from_config(
-        backbone, tokenizer, heads, seed=config.seed, device=resolve_device(config)
-    )
+    model = RewardModel.from_backbone(start, heads, seed=config.seed, device=resolve_device(config))
 
     def on_step(step: int, steps: int, loss: float) -> None:
         if step == 1:

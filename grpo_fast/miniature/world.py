@@ -6,23 +6,34 @@ The same (split, n, seed) always gives the same list, and no text is shared betw
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from grpo_fast.miniature.judge import judge
 from grpo_fast.miniature.replies import (
+    BLANK_STEPS,
     CLOSINGS,
     FIXED_SENTENCES,
     GREETINGS,
+    INSULTS,
+    PARTING_SHOTS,
+    RAMBLES,
     TIPS,
+    VAGUE_STEPS,
     Stance,
     Tone,
+    alternative,
     best_reply,
     compose,
+    lead,
+    name,
     refusal,
+    steps,
 )
 from grpo_fast.miniature.topics import (
     CORES,
     SPLITS,
+    TOOLS,
     WRAPPERS,
     Ask,
     Kind,
@@ -122,12 +133,14 @@ def _mixed_reply(ask: Ask, rng: random.Random) -> str:
 
 def _any_reply(ask: Ask, split: Split, rng: random.Random) -> str:
     draw = rng.random()
-    if draw < 0.3:
+    if draw < 0.22:
         return _mixed_reply(ask, rng)
-    if draw < 0.4:
+    if draw < 0.3:
         return best_reply(ask.topic)
-    if draw < 0.47:
+    if draw < 0.36:
         return _oddity(ask, rng)
+    if draw < 0.72:
+        return _collage(ask, split, rng)
     topic = _another_topic(ask.topic, split, rng) if rng.random() < 0.15 else ask.topic
     stances: dict[Stance, float] = {"comply": 0.2, "answer": 0.4, "refuse": 0.3, "ramble": 0.1}
     if topic.kind == "harmful":
@@ -136,6 +149,57 @@ def _any_reply(ask: Ask, split: Split, rng: random.Random) -> str:
     parts = compose(topic, _draw(stances, rng), _draw(tones, rng), rng, care=0.85)
     sentences = parts.sentences()
     return _spoil(sentences, ask, split, rng) if rng.random() < 0.5 else " ".join(sentences)
+
+
+def _collage(ask: Ask, split: Split, rng: random.Random) -> str:
+    """Sentences that were not made for each other, each drawn by itself: what a reply says, about which topic, and
+    how it is dressed vary independently, so that none of them can stand for another in a reward model's eyes."""
+
+    def about() -> Topic:
+        draw = rng.random()
+        other = _another_topic(ask.topic, split, rng)
+        if draw < 0.64:
+            return ask.topic
+        if draw < 0.76:
+            return replace(ask.topic, action=other.action)
+        return replace(ask.topic, object=other.object) if draw < 0.88 else other
+
+    parts = []
+    if rng.random() < 0.7:
+        parts.append(rng.choice((*GREETINGS, *GREETINGS, *GREETINGS, *INSULTS)))
+    stance = rng.random()
+    if stance < 0.5:
+        parts.append(lead(about(), rng))
+    elif stance < 0.85:
+        parts.append(refusal(about(), rng))
+    if rng.random() < (0.35 if stance < 0.85 else 0.1):
+        parts.append(alternative(about()))
+    for place in range(rng.choice((0, 1, 2, 3, 3, 3, 3))):
+        kind = rng.random()
+        if kind < 0.35:
+            topic = ask.topic if rng.random() < 0.7 else _another_topic(ask.topic, split, rng)
+            parts.append(steps(topic)[place])
+        elif kind < 0.7:
+            parts.append(_step_by_form(about(), place, rng))
+        else:
+            parts.append((VAGUE_STEPS if kind < 0.88 else BLANK_STEPS)[place])
+    if rng.random() < 0.12:
+        parts.append(rng.choice(RAMBLES))
+    if rng.random() < 0.5:
+        parts.append(rng.choice(TIPS))
+    if rng.random() < 0.7:
+        parts.append(rng.choice((*CLOSINGS, *CLOSINGS, *CLOSINGS, *PARTING_SHOTS)))
+    return " ".join(parts)
+
+
+def _step_by_form(topic: Topic, place: int, rng: random.Random) -> str:
+    """A step with the form of a helpful one and any topic's words in it: it names what is asked, and says nothing."""
+    forms = (
+        f"First get the {rng.choice(TOOLS)}.",
+        f"Then {name(topic)} slowly.",
+        f"Last check the {topic.object}.",
+    )
+    return forms[place]
 
 
 def _another_topic(topic: Topic, split: Split, rng: random.Random) -> Topic:
