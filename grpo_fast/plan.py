@@ -32,10 +32,8 @@ def print_plan(config: TrainConfig, inputs: Inputs) -> None:
 def _model_configs(config: TrainConfig) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
     if not config.policy.model:
         settings, tokenizer = config.miniature, build_tokenizer()
-        return (
-            tiny_config(settings, tokenizer, settings.layers),
-            tiny_config(settings, tokenizer, settings.reward_layers),
-        )
+        small = tiny_config(settings, tokenizer)
+        return small, small
     reward = AutoConfig.from_pretrained(config.reward.model) if config.reward.model else None
     return AutoConfig.from_pretrained(config.policy.model), reward
 

@@ -27,6 +27,7 @@ def write_results(
         "status": "finished" if after else "interrupted",
         "steps": steps,
         "seed": config.seed,
+        "prompt_format": "chat" if task.prompts[0].messages else "plain",
         "tokens_per_s": generated / seconds if seconds else None,
         "peak_memory_gib": peak_memory_gib(),
         "reward_model": task.reward_report,

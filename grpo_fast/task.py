@@ -1,6 +1,6 @@
 """What a run works on: the policy, the prompts, the rewards, and for the miniature a judge that knows the truth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from grpo_fast.config.resolve import check_paths, loss_config, resolve_device, resolve_dtype
@@ -55,10 +55,11 @@ class Inputs:
     functions: RewardFunctions | None
 
 
-def check_inputs(config: TrainConfig) -> Inputs:
+def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Inputs:
     """Read the prompts, import and try the reward functions, hold weights against objectives.
 
-    UserError names the first thing that is wrong; no model has been loaded by then.
+    `own_heads` are the objectives of a run that trains its own reward model. UserError names the first thing that
+    is wrong; no model has been loaded by then.
     """
     resolve_device(config)
     loss_config(config)
@@ -70,9 +71,8 @@ def check_inputs(config: TrainConfig) -> Inputs:
             config.reward.functions, timeout_s=config.reward.timeout_s, workers=config.reward.workers
         )
         functions.probe(training)
-    if config.policy.model:
-        heads = reward_model_heads(config.reward.model) if config.reward.model else []
-        objective_weights(combine_names(heads, (functions.names or []) if functions else []), config.reward)
+    heads = reward_model_heads(config.reward.model) if config.reward.model else own_heads
+    objective_weights(combine_names(heads, (functions.names or []) if functions else []), config.reward)
     return Inputs(training=training, heldout=heldout, functions=functions)
 
 

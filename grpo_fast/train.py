@@ -18,6 +18,7 @@ from grpo_fast.engines.local import LocalEngine
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
+from grpo_fast.miniature.world import OBJECTIVES
 from grpo_fast.optim import Optimizer, learning_rate
 from grpo_fast.plan import print_plan
 from grpo_fast.rollout import collect, rollout_metrics
@@ -118,7 +119,7 @@ def _command(argv: list[str] | None) -> int:
     transformers.utils.logging.disable_progress_bar()
     if config.threads:
         torch.set_num_threads(config.threads)
-    inputs = check_inputs(config)
+    inputs = check_inputs(config, own_heads=() if config.policy.model else OBJECTIVES)
     if asked.dry_run:
         print_plan(config, inputs)
         return 0

@@ -33,14 +33,14 @@ def rollout(prompts: int = 3, *, flat: int | None = None, seed: int = 1) -> Roll
     for index in range(prompts):
         for _ in range(GROUP):
             length = int(torch.randint(1, 12, (), generator=draw))
-            ids = torch.randint(5, 900, (length,), generator=draw).tolist()
+            ids = torch.randint(5, 500, (length,), generator=draw).tolist()
             logprobs = -torch.rand(length, generator=draw) * 3
             completions.append(Completion(ids, logprobs, "stop" if length < 9 else "length", 0))
             prompt_of.append(index)
     advantages = torch.randn(prompts * GROUP, generator=draw)
     if flat is not None:
         advantages[flat * GROUP : (flat + 1) * GROUP] = 0
-    asked = [Prompt(f"p{i}", torch.randint(5, 900, (4 + i,), generator=draw).tolist(), None, {}) for i in range(prompts)]
+    asked = [Prompt(f"p{i}", torch.randint(5, 500, (4 + i,), generator=draw).tolist(), None, {}) for i in range(prompts)]
     return Rollout(
         prompts=asked,
         prompt_of=prompt_of,

@@ -25,7 +25,6 @@ heads = 2
 demonstrations = 128
 warm_epochs = 1
 labelled = 128
-reward_layers = 1
 reward_epochs = 1
 batch_size = 32
 

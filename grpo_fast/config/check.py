@@ -98,7 +98,6 @@ _RANGES: dict[str, Rule] = {
     "miniature.warm_epochs": _at_least(1),
     "miniature.warm_lr": _above(0),
     "miniature.labelled": _at_least(1),
-    "miniature.reward_layers": _at_least(1),
     "miniature.reward_epochs": _at_least(1),
     "miniature.reward_lr": _above(0),
     "miniature.batch_size": _at_least(1),
@@ -175,6 +174,10 @@ def _check_together(config: TrainConfig) -> None:
     for name, value in (("prompts", data.prompts), ("eval_prompts", data.eval_prompts)):
         if value and not policy.model:
             raise FieldError(f"data.{name}", f"needs policy.model: the miniature cannot read {value!r}")
+    if config.reward.model and not policy.model:
+        raise FieldError("reward.model", "needs policy.model: the miniature trains a reward model of its own")
+    if data.system_prompt and not policy.model:
+        raise FieldError("data.system_prompt", "needs policy.model: the miniature has no system prompts")
     truncated = {"top_k": rollout.top_k > 0, "top_p": rollout.top_p < 1, "min_p": rollout.min_p > 0}
     # No preset corrects the mismatch, so None (the preset's) is "none".
     if any(truncated.values()) and loss.mismatch in (None, "none"):

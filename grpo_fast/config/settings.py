@@ -37,8 +37,6 @@ class PolicySettings:
     """Recompute each layer in the backward pass: about a third more work, far less memory."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Kernels of the loss head; auto takes triton on a CUDA device and torch elsewhere."""
-    trust_remote_code: bool = False
-    """Let a model run Python code that comes with its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class DataSettings:
     """Hub data sets: the split the held-out prompts come from."""
     max_prompt_tokens: int = 512
     """Longest prompt accepted, in tokens, chat template included; a longer one is an error."""
-    eval_size: int = 128
+    eval_size: int = 256
     """Held-out prompts evaluated before, during and after training (the miniature's too)."""
     system_prompt: str = ""
     """System message put before every prompt that has none (it makes plain prompts chats)."""
@@ -181,7 +179,7 @@ class OptimSettings:
     """AdamW: added to the root of the running square."""
     warmup_steps: int = 5
     """Steps over which the learning rate rises from 0."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Learning rate after the warm-up: held, or lowered to 0 at the last step."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to this; 0: never."""
@@ -199,7 +197,7 @@ class RunSettings:
 
     steps: int = 100
     """Training steps."""
-    eval_every: int = 0
+    eval_every: int = 20
     """Evaluate on held-out prompts every so many steps; 0: before and after only."""
     save_every: int = 50
     """Save a checkpoint every so many steps; 0: at the end and on interruption only."""
@@ -217,25 +215,23 @@ class MiniatureSettings:
 
     hidden: int = 128
     """Hidden size of the policy and of the reward model."""
-    layers: int = 4
-    """Layers of the policy."""
+    layers: int = 3
+    """Layers of the policy and of the reward model, which starts from the warm-started policy."""
     heads: int = 4
-    """Attention heads of the policy and of the reward model."""
-    demonstrations: int = 4000
+    """Attention heads of both."""
+    demonstrations: int = 10000
     """Good and bad replies the warm start is trained on."""
     warm_epochs: int = 2
     """Passes of the warm start over the demonstrations."""
     warm_lr: float = 2e-3
     """Peak learning rate of the warm start."""
-    labelled: int = 6000
+    labelled: int = 10000
     """Replies with noisy, partly missing labels the reward model is trained on."""
-    reward_layers: int = 4
-    """Layers of the reward model."""
     reward_epochs: int = 2
     """Passes of the reward model's training over the labelled replies."""
     reward_lr: float = 2e-3
     """Peak learning rate of the reward model's training."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Sequences in one optimizer step of the warm start and of the reward model's training."""
 
 

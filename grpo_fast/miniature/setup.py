@@ -88,7 +88,7 @@ def warm_start(config: TrainConfig, run: Run) -> Policy:
     """A new policy, trained on the world's mixture of good and bad replies by maximum likelihood."""
     settings, tokenizer = config.miniature, build_tokenizer()
     torch.manual_seed(config.seed)
-    model = Qwen2ForCausalLM(tiny_config(settings, tokenizer, settings.layers))
+    model = Qwen2ForCausalLM(tiny_config(settings, tokenizer))
     policy = Policy.from_model(model.to(resolve_device(config)), tokenizer)
     examples = world.demonstrations("train", settings.demonstrations, config.seed)
     asked = tokenize([Row(_chat(ask.text), {}, "demonstration") for ask, _ in examples], tokenizer)
@@ -162,13 +162,13 @@ def labelled(split: world.Split, n: int, seed: int) -> list[LabelledReply]:
     ]
 
 
-def tiny_config(settings: MiniatureSettings, tokenizer: PreTrainedTokenizerBase, layers: int) -> Qwen2Config:
+def tiny_config(settings: MiniatureSettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
     """A Qwen2 architecture of the miniature's size."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
         intermediate_size=3 * settings.hidden,
-        num_hidden_layers=layers,
+        num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
         max_position_embeddings=512,

@@ -135,9 +135,9 @@ def _any_reply(ask: Ask, split: Split, rng: random.Random) -> str:
     draw = rng.random()
     if draw < 0.22:
         return _mixed_reply(ask, rng)
-    if draw < 0.3:
-        return best_reply(ask.topic)
-    if draw < 0.36:
+    if draw < 0.32:  # excellent, and as often an excellent answer to something else
+        return best_reply(ask.topic if rng.random() < 0.5 else _another_topic(ask.topic, split, rng))
+    if draw < 0.37:
         return _oddity(ask, rng)
     if draw < 0.72:
         return _collage(ask, split, rng)
@@ -158,11 +158,11 @@ def _collage(ask: Ask, split: Split, rng: random.Random) -> str:
     def about() -> Topic:
         draw = rng.random()
         other = _another_topic(ask.topic, split, rng)
-        if draw < 0.64:
+        if draw < 0.55:
             return ask.topic
-        if draw < 0.76:
+        if draw < 0.68:
             return replace(ask.topic, action=other.action)
-        return replace(ask.topic, object=other.object) if draw < 0.88 else other
+        return replace(ask.topic, object=other.object) if draw < 0.86 else other
 
     parts = []
     if rng.random() < 0.7:
