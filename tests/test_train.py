@@ -25,7 +25,7 @@ def two(prompts, completions, **columns):
 '''
 
 
-def run_command(*flags: str) -> int:
+def run_command(*flags: str | Path) -> int:
     with pytest.raises(SystemExit) as stop:
         main([str(flag) for flag in flags])
     return stop.value.code if isinstance(stop.value.code, int) else 0

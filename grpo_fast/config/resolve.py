@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from grpo_kernels import LossConfig
+from grpo_kernels.group_advantages import Mode, Scale
 
 from grpo_fast.config.check import FieldError
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 
 # What a preset's paper divides and compares by, where that is not our default.
-_PRESET_ADVANTAGE = {
+_PRESET_ADVANTAGE: dict[str, tuple[Mode, Scale]] = {
     "dr_grpo": ("scalarized", "none"),
     "rloo": ("leave_one_out", "none"),
     "reinforce_pp": ("scalarized", "batch"),
@@ -38,7 +39,7 @@ def loss_config(config: TrainConfig) -> LossConfig:
         raise FieldError(f"loss.{name}", problem) from None
 
 
-def advantage_choice(config: TrainConfig) -> tuple[str, str]:
+def advantage_choice(config: TrainConfig) -> tuple[Mode, Scale]:
     """Mode and scale for `group_advantages`, `auto` replaced by the loss preset's own."""
     mode, scale = _PRESET_ADVANTAGE.get(config.loss.preset, ("gdpo", "group"))
     chosen = config.advantage

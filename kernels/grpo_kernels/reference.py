@@ -4,6 +4,7 @@ Same names and arguments as the public functions (``backend`` is taken and ignor
 float64 inputs. Allocates whatever it likes, loops where a loop is clearest.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -67,7 +68,7 @@ def grpo_loss(
 
     total = logprobs.new_zeros(())
     kls, ratios = [], []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         here = torch.arange(first, last)[mask[first:last]].to(logprobs.device)
         if len(here) == 0:
             continue
