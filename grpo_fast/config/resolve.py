@@ -58,10 +58,7 @@ def constant_normalizer(config: TrainConfig, sequences: int) -> float:
 def resolve_device(config: TrainConfig) -> torch.device:
     """The device asked for; raises `FieldError` when it is not here."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "auto":
-        device = torch.device("cuda" if count else "cpu")
-    else:
-        device = torch.device(config.device)
+    device = torch.device(("cuda" if count else "cpu") if config.device == "auto" else config.device)
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
         raise FieldError("device", f"is {config.device}, but PyTorch finds {found}; use auto or cpu")
