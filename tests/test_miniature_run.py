@@ -13,23 +13,17 @@ from tests.tiny import write_config
 # Large enough to learn, small enough for a test: warm start and reward model are trained once for both signs.
 SHORT = """
 [miniature]
-layers = 2
-demonstrations = 5000
 warm_epochs = 1
-labelled = 5000
 reward_epochs = 1
 
 [rollout]
 prompts_per_step = 8
 
-[data]
-eval_size = 128
-
 [optim]
-lr = 6e-4
+lr = 3e-4
 
 [run]
-steps = 30
+steps = 40
 eval_every = 0
 """
 
