@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo_fast.head import head_of
+from grpo_fast.models.head import head_of
 from grpo_fast.packing import pack
 
 VOCAB = 97

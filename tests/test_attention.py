@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from grpo_fast import attention as attention_module
-from grpo_fast import attention_paths as paths
-from grpo_fast.attention import ATTENTION_NAME, attention, use_packed_attention
-from grpo_fast.attention_plan import PackedPlan
+from grpo_fast.attention import function as attention_module
+from grpo_fast.attention import paths
+from grpo_fast.attention.function import ATTENTION_NAME, attention, use_packed_attention
+from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.errors import UserError
-from grpo_fast.head import head_of
+from grpo_fast.models.head import head_of
 from tests.families import FAMILIES, TINY, VOCAB, packed_logprobs, ragged, single_logprobs, tiny_model
 
 
@@ -104,7 +104,7 @@ def test_paths_agree(window: int | None, long: int, monkeypatch: pytest.MonkeyPa
 def test_small_chunks_and_recomputation_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for scores, saved in ((1 << 18, 1 << 24), (1, 0)):
-        monkeypatch.setattr("grpo_fast.attention_plan.CHUNK_SCORES", {"cpu": scores, "cuda": 1})
+        monkeypatch.setattr("grpo_fast.attention.plan.CHUNK_SCORES", {"cpu": scores, "cuda": 1})
         monkeypatch.setattr(paths, "SAVED_BYTES", saved)
         model = use_packed_attention(tiny_model("qwen2"))
         weighted(packed_logprobs(model, *ragged(), token_budget=200)).backward()

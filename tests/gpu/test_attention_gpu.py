@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast import attention_paths as paths
-from grpo_fast.attention import _varlen_works, use_packed_attention
-from grpo_fast.attention_plan import PackedPlan
+from grpo_fast.attention import paths
+from grpo_fast.attention.function import _varlen_works, use_packed_attention
+from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
 from tests.families import packed_logprobs, ragged, single_logprobs, tiny_model
