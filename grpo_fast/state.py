@@ -13,7 +13,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.evaluate import Evaluation
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
-from grpo_fast.run.live import checkpoint
+from grpo_fast.run import checkpoint
 from grpo_fast.run.metrics import RunLogger, write_atomically
 
 EVALUATION_FILE = "evaluation_before.json"

@@ -16,6 +16,8 @@ from grpo_kernels import LossConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from grpo_fast.config import check as config_check
+from grpo_fast.config import settings as config_module
 from grpo_fast.config.check import FieldError, flatten
 from grpo_fast.config.command_line import parse, to_toml
 from grpo_fast.config.resolve import advantage_choice, loss_config
@@ -27,8 +29,6 @@ from grpo_fast.config.settings import (
     RunSettings,
     TrainConfig,
 )
-from grpo_fast.config.settings import check as config_check
-from grpo_fast.config.settings import settings as config_module
 from grpo_fast.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))

@@ -18,8 +18,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_fast.errors import UserError
+from grpo_fast.run import metrics
 from grpo_fast.run.command import run_command
-from grpo_fast.run.live import metrics
 from grpo_fast.run.metrics import RunLogger, read_rows, read_summary, reproducible
 from grpo_fast.run.progress import Progress, duration, plain_text, si, sparkline
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from grpo_fast.attention.function import paths
+from grpo_fast.attention import paths
 from grpo_fast.attention.plan import DecodePlan, PackedPlan, PrefillPlan
 from grpo_fast.errors import UserError
 
