@@ -1,4 +1,7 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this. And the nearest known name, for its message."""
+
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 
 
 class UserError(ValueError):
@@ -6,3 +9,21 @@ class UserError(ValueError):
 
     The commands print it without a traceback and exit with code 2.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, by the whole or by the part after the last dot; None: none is."""
+
+    def likeness(candidate: str) -> float:
+        whole = SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
+        tail = SequenceMatcher(None, name.lower().rpartition(".")[2], candidate.lower().rpartition(".")[2])
+        return max(whole, 0.99 * tail.ratio()) + 1e-3 * whole
+
+    best = max(sorted(set(known)), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """`; did you mean X?` or nothing, to be put at the end of a message."""
+    best = nearest(name, known)
+    return f"; did you mean {prefix}{best}?" if best else ""

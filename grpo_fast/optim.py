@@ -29,6 +29,7 @@ class Optimizer:
     float32 parameters are their own masters. A parameter of a narrower dtype gets a float32 copy, and its
     gradients are added up in float32 as each backward pass delivers them (the narrow gradient is freed at once),
     so that a gradient does not depend on the number of micro-batches by more than one rounding each.
+    `max_grad_norm` 0 clips nothing.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Optimizer:
     ):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else self._master(p) for p in self.parameters]
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = max_grad_norm or math.inf
         self.skipped_steps = 0
         groups = [
             {"params": [m for m in self.masters if m.ndim >= 2], "weight_decay": weight_decay},
@@ -52,7 +53,9 @@ class Optimizer:
         ]
         groups = [group for group in groups if group["params"]]
         if kind == "adafactor":
-            self.inner: torch.optim.Optimizer = torch.optim.Adafactor(groups, lr=lr, weight_decay=weight_decay)
+            self.inner: torch.optim.Optimizer = torch.optim.Adafactor(
+                groups, lr=lr, weight_decay=weight_decay
+            )
         else:
             self.inner = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

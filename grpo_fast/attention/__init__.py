@@ -1,0 +1,1 @@
+"""Attention over ragged packed segments, shared prompts and the engine's cache."""

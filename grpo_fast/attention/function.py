@@ -1,0 +1,246 @@
+"""The one attention function of this project, registered with transformers as `ATTENTION_NAME`.
+
+A model prepared by `use_packed_attention` is called as `model.base_model(input_ids=..., position_ids=...,
+attention_mask=None, use_cache=False, plan=plan)`. What the plan is decides what happens in every layer:
+
+- `PackedPlan`: several sequences side by side in one row, completions sharing their prompt. None sees
+another.
+- `PrefillPlan`: the same, and the keys and values are kept.
+- `DecodePlan`: one new token for each of B rows against a KV cache.
+- None: ordinary causal attention, so a prepared model still works in other hands (`generate` included).
+
+No mask function is registered beside it, so transformers builds no mask and hands on the keywords.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from grpo_fast.attention import paths
+from grpo_fast.attention.plan import DecodePlan, PackedPlan, PrefillPlan
+from grpo_fast.errors import UserError
+
+__all__ = ["ATTENTION_NAME", "DecodePlan", "PackedPlan", "PrefillPlan", "attention", "use_packed_attention"]
+
+ATTENTION_NAME = "grpo_fast_packed"
+LAYER_KINDS = {"full_attention", "sliding_attention"}
+LONG_SEGMENT = 1024
+"""Keys of a segment from which SDPA on each segment is used instead of padded rectangles."""
+UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "alibi", "head_mask")
+"""Keywords by which models change the scores in a way that is not implemented here."""
+
+log = logging.getLogger(__name__)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, L, D); decoding (B, H, 1, D)
+    key: Tensor,  # (1, K, L, D); decoding (B, K, 1, D)
+    value: Tensor,  # (1, K, L, Dv); decoding (B, K, 1, Dv)
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    plan: PackedPlan | DecodePlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # (1, L, H, Dv); decoding (B, 1, H, Dv)
+    """Attention of one layer in the form transformers calls it; returns the output and None for the weights.
+
+    Raises `UserError` for what would be computed wrongly: dropout, an attention mask together with a plan,
+    bidirectional layers, attention sinks and position biases.
+    """
+    for name in UNKNOWN_TERMS:
+        if kwargs.get(name) is not None:
+            raise UserError(f"{type(module).__name__} passes {name} to its attention, which is not supported")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise UserError(f"{type(module).__name__} is not causal; only causal language models can be trained")
+    if dropout:
+        raise UserError(
+            f"attention dropout must be 0, {type(module).__name__} has {dropout}: set it in the config"
+        )
+    if plan is None:
+        return _plain(query, key, value, attention_mask, scaling, sliding_window, softcap), None
+    if attention_mask is not None:
+        raise UserError(
+            "an attention_mask cannot be combined with plan=; call the model with attention_mask=None"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(plan, DecodePlan):
+        layer = _layer_index(module)
+        out = paths.decode(
+            query, key, value, plan, layer, scale=scale, window=sliding_window, softcap=softcap
+        )
+        return out, None
+    if query.shape[0] != 1 or query.shape[2] != plan.length:
+        raise ValueError(
+            f"the plan covers (1, {plan.length}) positions, got {(query.shape[0], query.shape[2])}"
+        )
+    if isinstance(plan, PrefillPlan):
+        plan.kept[_layer_index(module)] = key[0], value[0]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, D)
+    return _packed(q, k, v, plan, scale, sliding_window, softcap)[None], None
+
+
+def _layer_index(module: nn.Module) -> int:
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int):
+        raise UserError(f"{type(module).__name__} has no layer_idx, so the engine cannot cache its keys")
+    return index
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if attention_mask is not None:
+        raise UserError(
+            f"{ATTENTION_NAME} takes no attention mask; use set_attn_implementation('sdpa') for that"
+        )
+    out = paths.causal(query, key, value, scale=scaling, window=sliding_window, softcap=softcap)
+    return out.transpose(1, 2).contiguous()
+
+
+def _packed(
+    q: Tensor,  # (L, H, D)
+    k: Tensor,  # (L, K, D)
+    v: Tensor,  # (L, K, Dv)
+    plan: PackedPlan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:  # (L, H, Dv)
+    longest = max(plan.k_lens)
+    if window is not None and window >= longest:
+        window = None
+    if q.is_cuda:
+        for package in paths.varlen_packages(window=window, softcap=softcap):
+            setting = (package, q.dtype, q.shape[1:], k.shape[1:], v.shape[1:], window is not None, softcap)
+            if _varlen_works(q.device, *setting):
+                return paths.varlen(
+                    q, k, v, plan, scale=scale, window=window, softcap=softcap, package=package
+                )
+        _say_slow(q.dtype, softcap)
+    if softcap is None and longest >= LONG_SEGMENT:
+        return paths.by_segment(q, k, v, plan, scale=scale, window=window)
+    return paths.padded(q, k, v, plan, scale=scale, window=window, softcap=softcap)
+
+
+@cache
+def _varlen_works(
+    device: torch.device,
+    package: str,
+    dtype: torch.dtype,
+    q_shape: tuple[int, int],
+    k_shape: tuple[int, int],
+    v_shape: tuple[int, int],
+    windowed: bool,
+    softcap: float | None,
+) -> bool:
+    """Try the fused kernel once on a small shared-prefix case, forward and backward, against `padded`.
+
+    Its arguments and its alignment of queries shorter than their keys changed between releases; a wrong
+    answer must not be possible, only a slower way to the right one.
+    """
+    plan = PackedPlan((5, 3, 4, 7), (0, 0, 0, 0), (0, 5, 5, 0), device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(shape: tuple[int, int]) -> Tensor:
+        return torch.randn(plan.length, *shape, device=device, generator=generator).to(dtype)
+
+    def run(path: Any, **options: Any) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in values]
+        out = path(*inputs, plan, scale=0.3, window=3 if windowed else None, softcap=softcap, **options)
+        out.backward(grad)
+        return [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
+
+    values = [random(shape) for shape in (q_shape, k_shape, v_shape)]
+    grad = random((q_shape[0], v_shape[1]))
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            pairs = zip(run(paths.varlen, package=package), run(paths.padded), strict=True)
+            worst = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+    except (RuntimeError, TypeError, ValueError, ImportError, NotImplementedError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.info("%s varlen attention is not usable for %s on %s: %s", package, dtype, device, reason)
+        return False
+    if not worst < 0.03:
+        log.warning(
+            "%s varlen attention differs from the reference by %.3g on %s; not used", package, worst, device
+        )
+        return False
+    return True
+
+
+@cache
+def _say_slow(dtype: torch.dtype, softcap: float | None) -> None:
+    cap = f", softcap {softcap}" if softcap else ""
+    log.warning(
+        "no fused variable-length attention for %s%s: using batched matrix products or SDPA", dtype, cap
+    )
+
+
+def use_packed_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Prepare `model` (in place; also returned) to be called with `plan=`.
+
+    Raises `UserError` for models that would leak between packed sequences or ignore the plan: recurrent and
+    convolution layers, attention kinds other than full and sliding-window, encoder-decoders, and models whose
+    attention does not go through transformers' `AttentionInterface`. The check reads the configuration and
+    the module list only.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{name} is an encoder-decoder; a decoder-only language model is needed")
+    kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_KINDS
+    if kinds:
+        raise UserError(
+            f"{name} has layers of kind {', '.join(sorted(kinds))}, which leak between packed sequences"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.RNNBase)):
+            raise UserError(
+                f"{name}.{path} is a {type(module).__name__}: it would leak between packed sequences"
+            )
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    if can_set is not None and not can_set():
+        raise UserError(
+            f"{name} does not use transformers' AttentionInterface, so its sequences cannot be packed"
+        )
+    model.set_attn_implementation(ATTENTION_NAME)
+    if config._attn_implementation != ATTENTION_NAME:
+        raise UserError(
+            f"{name} refused the attention {ATTENTION_NAME!r}: it kept {config._attn_implementation!r}"
+        )
+    base = model.base_model
+    if not getattr(base, "_grpo_fast_guarded", False):
+        base.register_forward_pre_hook(_guard, with_kwargs=True)
+        base._grpo_fast_guarded = True  # pyright: ignore[reportArgumentType]
+    return model
+
+
+def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse the two calls that transformers would compute silently wrong with a mask-free attention."""
+    if kwargs.get("plan") is not None:
+        if kwargs.get("use_cache") is not False or kwargs.get("past_key_values") is not None:
+            raise UserError("call the model with use_cache=False and no past_key_values when passing plan=")
+        return
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+        raise UserError(
+            f"{ATTENTION_NAME} sees no padding mask: pass plan=, or set_attn_implementation('sdpa') first"
+        )
+
+
+AttentionInterface.register(ATTENTION_NAME, attention)

@@ -1,0 +1,1 @@
+"""Settings of a run: the dataclasses, their checks, the command line and TOML."""

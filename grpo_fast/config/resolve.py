@@ -1,0 +1,111 @@
+"""What the settings mean on this machine and for the kernels: device, dtype, loss, advantage, folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from grpo_kernels import LossConfig
+
+from grpo_fast.config.check import FieldError
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.errors import UserError
+
+# What a preset's paper divides and compares by, where that is not our default.
+_PRESET_ADVANTAGE = {
+    "dr_grpo": ("scalarized", "none"),
+    "rloo": ("leave_one_out", "none"),
+    "reinforce_pp": ("scalarized", "batch"),
+}
+
+
+def loss_config(config: TrainConfig) -> LossConfig:
+    """The preset with the given fields replaced.
+
+    Raises `FieldError` when they make no loss together.
+    """
+    given = {
+        name: value
+        for name, value in vars(config.loss).items()
+        if name not in ("preset", "mask_truncated") and value is not None
+    }
+    try:
+        return LossConfig.preset(config.loss.preset, **given)
+    except (TypeError, ValueError) as error:
+        name, _, problem = str(error).partition(" ")  # the kernels' messages begin with the field
+        raise FieldError(f"loss.{name}", problem) from None
+
+
+def advantage_choice(config: TrainConfig) -> tuple[str, str]:
+    """Mode and scale for `group_advantages`, `auto` replaced by the loss preset's own."""
+    mode, scale = _PRESET_ADVANTAGE.get(config.loss.preset, ("gdpo", "group"))
+    chosen = config.advantage
+    return (mode if chosen.mode == "auto" else chosen.mode, scale if chosen.scale == "auto" else chosen.scale)
+
+
+def constant_normalizer(config: TrainConfig, sequences: int) -> float:
+    """What `aggregation = "constant"` divides a step's summed token losses by.
+
+    `sequences` counts the completions of the whole optimizer step. Dr. GRPO (arXiv 2503.20783) divides by
+    the token limit for each of them; LUSPO, whose loss is weighted by length, by their number.
+    """
+    return float(sequences * (1 if config.loss.preset == "luspo" else config.rollout.max_new_tokens))
+
+
+def resolve_device(config: TrainConfig) -> torch.device:
+    """The device asked for; raises `FieldError` when it is not here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "auto":
+        device = torch.device("cuda" if count else "cpu")
+    else:
+        device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
+        raise FieldError("device", f"is {config.device}, but PyTorch finds {found}; use auto or cpu")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.policy.backend == "triton" and device.type != "cuda" and not interpreted:
+        raise FieldError("policy.backend", "triton needs a CUDA device; use auto or torch")
+    return device
+
+
+def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Compute type on this device; master weights are float32 whatever it is."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def run_path(config: TrainConfig) -> Path:
+    """Folder of a new run, not yet made.
+
+    Raises `UserError` when the name is given and its folder exists: nothing on disk is overwritten.
+    """
+    folder = Path(config.output_dir)
+    if config.name:
+        if (folder / config.name).exists():
+            raise UserError(
+                f"run folder {folder / config.name} already exists: choose another --name, or go on with "
+                f"--resume {folder / config.name}"
+            )
+        return folder / config.name
+    model = Path(config.policy.model).name or "miniature"
+    stem = f"{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = (folder / (stem if n == 1 else f"{stem}-{n}") for n in range(1, 1000))
+    return next(path for path in candidates if not path.exists())
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Raises `FieldError` for a model folder that is not there; hub ids pass unasked."""
+    for name, value in (("policy.model", config.policy.model), ("reward.model", config.reward.model)):
+        if not value or (Path(value) / "config.json").is_file():
+            continue
+        path = Path(value)
+        if path.is_dir():
+            raise FieldError(name, f"is the folder {value}, which has no config.json")
+        if path.exists():
+            raise FieldError(name, f"must be the folder of a model, got the file {value}")
+        local = value.startswith((".", "/", "~")) or value.count("/") > 1
+        if local or name == "reward.model":
+            raise FieldError(name, f"must be the folder of a model, {value} does not exist")

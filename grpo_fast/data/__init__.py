@@ -1,0 +1,1 @@
+"""Prompts: from files and the hub to token ids."""

@@ -1,0 +1,85 @@
+"""What a rollout engine takes and gives: the seam between the loop and whatever generates the completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from grpo_fast.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn. Raises `UserError` for a value out of range."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token"""
+    max_new_tokens: int = 64
+    """A completion ends after this many tokens at the latest"""
+    top_k: int = 0
+    """Only the k most likely tokens (0: all)"""
+    top_p: float = 1.0
+    """Only the most likely tokens that together reach this probability (1: all)"""
+    min_p: float = 0.0
+    """Only tokens at least this fraction as likely as the most likely one (0: all)"""
+    stop_token_ids: tuple[int, ...] = ()
+    """A completion ends with the first of these tokens, which belongs to it"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must lie between 0 and 1, got {self.min_p}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are made impossible, which biases the ratio unless it is corrected for."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer."""
+
+    token_ids: list[int]
+    """At least one token; the stop token is the last one when `finish_reason` is "stop\""""
+    logprobs: Tensor
+    """(len(token_ids),) float32 on the CPU: log-prob of each token under the distribution it was drawn from,
+    that is after temperature *and* truncation. This is the denominator that importance weights against the
+    trainer's distribution need. Greedy completions report the model's own log-probs (temperature 1)."""
+    finish_reason: Literal["stop", "length"]
+    version: int
+    """Version of the weights, as last given to `push`"""
+
+
+class RolloutEngine(Protocol):
+    """Turns prompts into completions with the latest weights."""
+
+    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[Completion]:
+        """`n` completions of every prompt, group-major: exactly len(prompts)·n, or an exception."""
+        ...
+
+    def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take over new weights; completions carry `version` from now on."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to generate again."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; the engine is not used again."""
+        ...

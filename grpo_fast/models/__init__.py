@@ -1,0 +1,1 @@
+"""The policy and the reward model on `transformers` models, loaded, checked and packed."""

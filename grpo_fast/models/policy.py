@@ -1,0 +1,339 @@
+"""The language model that is trained: packed forward to log-probs and losses, LoRA, saving.
+
+Dimension letters: L packed positions, N completion tokens, S sequences, V vocabulary, H hidden size.
+The model runs on one row of packed sequences (`packing.PackedBatch`); only the hidden states that predict a
+completion token reach the head, and the N x V logits never exist (`grpo_kernels`).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_fast.attention.function import ATTENTION_NAME
+from grpo_fast.errors import UserError
+from grpo_fast.models import pretrained
+from grpo_fast.models.head import head_of
+from grpo_fast.models.self_check import check_head, check_packing, packed_hidden_states
+from grpo_fast.packing import PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters (Hu et al., arXiv 2106.09685) through `peft`."""
+
+    rank: int = 16
+    """Rank of each adapter."""
+    alpha: float = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get an adapter; "all-linear" is every one except the head."""
+
+
+class Policy(nn.Module):
+    """A causal language model, its tokenizer and, with LoRA, its adapter.
+
+    `model` is the `transformers` model itself (with LoRA its linear layers are peft's). All its dropout is
+    switched off. Parameters have the dtype asked for; float32 master copies belong to the optimizer.
+    """
+
+    model: PreTrainedModel
+    peft_model: PeftModel | None
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        peft_model: PeftModel | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        # The same parameters under other names: kept out of nn.Module's registry.
+        self.__dict__["peft_model"] = peft_model
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        lora: LoraSettings | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> Policy:
+        """A saved model folder, a hub id, or a folder of a saved adapter (then training goes on with it).
+
+        Raises UserError for a folder that is no model, a checkpoint that is incomplete or a reward model, a
+        tokenizer that does not fit, and an architecture that cannot be packed.
+        """
+        source = pretrained.locate(path, "model", needs=("config.json", "adapter_config.json"))
+        base = source
+        adapter = (Path(source) / "adapter_config.json").is_file()
+        if adapter:
+            if lora is not None:
+                raise UserError(
+                    f"model {path}: holds an adapter already; leave the LoRA settings out to train it on"
+                )
+            base = str(PeftConfig.from_pretrained(source).base_model_name_or_path)
+        config = pretrained.load_config(base, "model")
+        for name in config.architectures or ():
+            if name.endswith("ForSequenceClassification"):
+                raise UserError(f"model {path}: is a {name}; a causal language model is needed")
+        tokenizer = pretrained.load_tokenizer(source if _has_tokenizer(source) else base, "model")
+        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
+        model = pretrained.load_model(
+            AutoModelForCausalLM,
+            base,
+            "model",
+            config=config,
+            dtype=pretrained.as_dtype(dtype),
+            device=pretrained.as_device(device),
+        )
+        if not adapter:
+            return cls.from_model(model, tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing)
+        try:
+            wrapped = PeftModel.from_pretrained(
+                model, source, is_trainable=True, autocast_adapter_dtype=False
+            )
+        except Exception as error:  # peft and safetensors raise several unrelated kinds for a broken adapter
+            raise UserError(f"model {path}: cannot read the adapter: {pretrained.one_line(error)}") from error
+        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        lora: LoraSettings | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> Policy:
+        """A model that is in memory; it is changed in place (attention, dropout, adapters)."""
+        pretrained.check_architecture(type(model), model.config, "model")
+        rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+        pretrained.check_vocabulary(tokenizer, rows, "model")
+        wrapped = None if lora is None else _add_lora(model, lora)
+        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing)
+
+    @classmethod
+    def _finish(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        peft_model: PeftModel | None,
+        gradient_checkpointing: bool,
+    ) -> Policy:
+        if peft_model is not None:
+            _refuse_lora_on_head(model)
+        if model.config._attn_implementation != ATTENTION_NAME:
+            model.set_attn_implementation(ATTENTION_NAME)
+        head_of(model)  # refuses heads whose logits cannot be computed from hidden @ weight
+        pretrained.switch_off_dropout(model)
+        if gradient_checkpointing:
+            pretrained.enable_gradient_checkpointing(model, "model")
+        return cls(model, tokenizer, peft_model=peft_model).train()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def is_lora(self) -> bool:
+        return self.peft_model is not None
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the generation config's and the tokenizer's end tokens, sorted."""
+        generation = getattr(self.model, "generation_config", None)
+        ids = getattr(generation, "eos_token_id", None)
+        found = [*(ids if isinstance(ids, list | tuple) else [ids]), self.tokenizer.eos_token_id]
+        return tuple(sorted({i for i in found if isinstance(i, int)}))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates: all parameters, with LoRA the adapters only."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """The last hidden state of every position that predicts a completion token: (N, H), model dtype."""
+        return packed_hidden_states(self.model, batch).index_select(0, batch.hidden_index)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        advantages: Tensor,  # (N,) or (S,)
+        loss_config: LossConfig,
+        *,
+        old_logprobs: Tensor | None = None,  # (N,)
+        ref_logprobs: Tensor | None = None,  # (N,)
+        rollout_logprobs: Tensor | None = None,  # (N,)
+        loss_mask: Tensor | None = None,  # (N,)
+        normalizer: float | Tensor | None = None,
+        temperature: float = 1.0,
+        backend: str = "auto",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The GRPO loss of one micro-batch and its metrics (0-d tensors on the device).
+
+        Per-token inputs are in the batch's order (`batch.gather`). With the `normalizer` of the whole
+        optimizer step the losses of its micro-batches add up, whatever the split.
+        """
+        loss, metrics = linear_grpo_loss(
+            self.hidden_states(batch),
+            targets=batch.targets,
+            advantages=advantages,
+            config=loss_config,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            rollout_logprobs=rollout_logprobs,
+            loss_mask=loss_mask,
+            cu_seqlens=batch.cu_seqlens,
+            normalizer=normalizer,
+            temperature=temperature,
+            backend=backend,
+            **self._head(),
+        )
+        return loss, metrics
+
+    @torch.no_grad()
+    def logprobs(
+        self, batch: PackedBatch, *, temperature: float = 1.0, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(N,) log-prob and (N,) entropy of the completion tokens, float32, without gradients.
+
+        `reference=True` answers for the model before training: with LoRA the adapter is switched off. A
+        fully trained model has forgotten it: ask its `frozen_copy` instead.
+        """
+        if reference and not self.is_lora:
+            raise ValueError(
+                "reference=True needs LoRA; a fully trained policy is compared with its frozen_copy()"
+            )
+        with self.adapter_off() if reference else nullcontext():
+            return linear_logprob(
+                self.hidden_states(batch), targets=batch.targets, temperature=temperature, **self._head()
+            )
+
+    def sft_loss(self, batch: PackedBatch, normalizer: float | Tensor) -> Tensor:
+        """Cross entropy of the completion tokens, summed and divided by `normalizer` (tokens of the step)."""
+        logprobs, _ = linear_logprob(self.hidden_states(batch), targets=batch.targets, **self._head())
+        return -logprobs.sum() / normalizer
+
+    def _head(self) -> dict[str, Any]:
+        head = head_of(self.model)
+        return {
+            "weight": head.weight,
+            "bias": head.bias,
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+        }
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The base model, for as long as the context lasts. Needs LoRA."""
+        assert self.peft_model is not None
+        with self.peft_model.disable_adapter():
+            yield
+
+    def frozen_copy(self) -> Policy:
+        """A copy that never changes: the reference of a fully trained policy when kl_coef > 0."""
+        if self.is_lora:
+            raise ValueError("a LoRA policy needs no frozen copy: logprobs(batch, reference=True)")
+        frozen = Policy(copy.deepcopy(self.model), self.tokenizer)
+        frozen.requires_grad_(False)
+        return frozen.eval()
+
+    def save(self, path: str | Path, merge: bool = False) -> None:
+        """`save_pretrained` of model and tokenizer.
+
+        With LoRA the folder is a `peft` adapter, or with `merge=True` a full model whose weights include it;
+        the weights in memory are not touched either way.
+        """
+        path = Path(path)
+        self.tokenizer.save_pretrained(path)
+        if self.peft_model is None:
+            self.model.save_pretrained(path)
+        elif merge:
+            self.model.save_pretrained(path, state_dict=_merged_state(self.model))
+        else:
+            # False: the base model's embedding is not part of the adapter, and no hub is asked about it
+            self.peft_model.save_pretrained(str(path), save_embedding_layers=False)
+
+    def self_check(self) -> None:
+        """Packed equals one by one, and hidden state x head the model's logits; UserError if not."""
+        check_head(self.model, self.tokenizer)
+        check_packing(self.model, self.tokenizer)
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _add_lora(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (peft annotates int, any number works)
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # peft asks for a property transformers renamed; tied heads are refused below
+            warnings.simplefilter("ignore")
+            # Adapters in the model's own dtype: the optimizer keeps the float32 copies.
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"lora target_modules {targets}: {pretrained.one_line(error)}") from error
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def _refuse_lora_on_head(model: PreTrainedModel) -> None:
+    for role, module in (
+        ("head", model.get_output_embeddings()),
+        ("embedding", model.get_input_embeddings()),
+    ):
+        if isinstance(module, BaseTunerLayer) or hasattr(module, "modules_to_save"):
+            name = next(name for name, found in model.named_modules() if found is module)
+            raise UserError(
+                f"lora target_modules: {name} is the {role} of {type(model).__name__}, and an adapter on it "
+                "is not supported; take it out (all-linear leaves it out)"
+            )
+
+
+def _merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict of the plain model, adapters added to the weights they belong to, on the CPU.
+
+    Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training.
+    """
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    merged: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
+        if owner is None:
+            merged[key] = value.detach().cpu()
+            continue
+        inner = key[len(owner) + 1 :]
+        if not inner.startswith("base_layer."):
+            continue
+        value = value.detach()
+        if inner == "base_layer.weight":
+            layer: Any = adapted[owner]
+            for adapter in layer.active_adapters:
+                value = (value.float() + layer.get_delta_weight(adapter).detach().float()).to(value.dtype)
+        merged[f"{owner}.{inner.removeprefix('base_layer.')}"] = value.cpu()
+    return merged

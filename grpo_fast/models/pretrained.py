@@ -1,0 +1,213 @@
+"""Reading models and tokenizers of `transformers`, with the mistakes people make turned into one line.
+
+Shared by the policy and the reward model. Everything that can be said from the configuration alone is said
+before any weight is read: a missing folder, a tokenizer that does not fit, an architecture that the packed
+attention cannot serve.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_fast.attention.function import ATTENTION_NAME
+from grpo_fast.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+ROUND_TRIP_TEXT = "Please answer in 3 short steps: wash, rinse and dry."
+
+
+def one_line(error: BaseException, limit: int = 240) -> str:
+    """The message of `error` without its line breaks, cut to `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`"float32"`, `"bfloat16"` or one of these two torch dtypes; UserError for anything else."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise UserError(f"dtype must be float32 or bfloat16, got {dtype}")
+    return found
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A device that exists on this machine; UserError when a GPU was asked for and there is none."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device must be like cpu, cuda or cuda:0, got {device!r}") from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise UserError(
+                f"device {device}: this machine has {count} usable CUDA devices; use device = cpu"
+            )
+    return found
+
+
+def locate(path: str | Path, what: str, *, needs: tuple[str, ...] = ("config.json",)) -> str:
+    """A model folder as an absolute path, or the hub id as it is.
+
+    An existing folder must hold one of the files `needs`. A name that can only be a path (leading `.`, `/`
+    or `~`, more than one `/`) and does not exist is refused before the hub is asked.
+    """
+    text = str(path)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in needs):
+            raise UserError(f"{what} {text}: the folder has no {' or '.join(needs)}; it is no saved model")
+        return str(folder.resolve())
+    if folder.exists():
+        raise UserError(f"{what} {text}: is a file; give the folder of a saved model or a hub id")
+    if isinstance(path, Path) or text[:1] in "./~" or text.count("/") > 1:
+        raise UserError(f"{what} {text}: no such folder; give the folder of a saved model or a hub id")
+    return text
+
+
+def load_config(path: str | Path, what: str, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of a saved model; UserError when it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(locate(path, what), **overrides)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what} {path}: cannot read its configuration: {one_line(error)}") from error
+
+
+def load_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a saved model, checked to bring text back (see `check_round_trip`)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
+        raise UserError(f"{what} {path}: cannot read its tokenizer: {one_line(error)}") from error
+    check_round_trip(tokenizer, f"{what} {path}")
+    return tokenizer
+
+
+def check_round_trip(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Refuse a tokenizer that loses text.
+
+    `AutoTokenizer` builds the class it expects for a model type around whatever vocabulary it finds in the
+    folder, and the result can turn every text into nothing. Text that passes: a plain sentence, or, for
+    small vocabularies that cannot spell it, a text made of the tokenizer's own words.
+    """
+
+    def survives(text: str) -> bool:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        back = tokenizer.decode(ids, skip_special_tokens=False)
+        return bool(ids) and str(back).split() == text.split()
+
+    if survives(ROUND_TRIP_TEXT):
+        return
+    special = set(tokenizer.all_special_ids)
+    ordinary = [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
+    own = ordinary[:: max(1, len(ordinary) // 16)][:16]
+    text = str(tokenizer.decode(own, skip_special_tokens=False)).strip()
+    if text and survives(text):
+        return
+    ids = tokenizer.encode(ROUND_TRIP_TEXT, add_special_tokens=False)
+    back = tokenizer.decode(ids, skip_special_tokens=False)
+    raise UserError(
+        f"{what}: the tokenizer ({type(tokenizer).__name__}) does not bring text back: {ROUND_TRIP_TEXT!r} "
+        f"became {len(ids)} tokens and then {back!r}; save it in the form the model type expects"
+    )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, what: str) -> None:
+    """Every id of the tokenizer needs a row of the embedding. More rows than ids is normal (padding)."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise UserError(
+            f"{what}: the tokenizer has ids up to {largest}, the model's embedding has {rows} rows; "
+            "use the tokenizer this model was trained with"
+        )
+
+
+def check_architecture(model_class: type, config: PreTrainedConfig, what: str) -> None:
+    """Refuse by name what the packed attention cannot serve, from the configuration alone."""
+    name = model_class.__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{what}: {name} is an encoder-decoder; a decoder-only language model is needed")
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise UserError(
+            f"{what}: {name} does not take its attention from transformers' AttentionInterface, so sequences "
+            "packed into one row would see each other; use a decoder such as Qwen2, Llama, Mistral or Gemma"
+        )
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - PACKABLE_LAYERS
+    if kinds:
+        raise UserError(
+            f"{what}: {name} has layers of kind {', '.join(sorted(kinds))}, which leak between sequences "
+            "packed into one row; only full and sliding-window attention is supported"
+        )
+
+
+def load_model(
+    auto_class: Any,
+    path: str | Path,
+    what: str,
+    *,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    may_miss: tuple[str, ...] = (),
+) -> PreTrainedModel:
+    """The weights of a saved model with the packed attention switched on.
+
+    Weights that the files lack would be drawn at random: refused, except for names that start with one of
+    `may_miss` (a new reward head on a language model).
+    """
+    try:
+        model_class = auto_class._model_mapping[type(config)]
+    except KeyError as error:
+        raise UserError(
+            f"{what} {path}: model type {config.model_type} has no {auto_class.__name__}"
+        ) from error
+    check_architecture(model_class, config, f"{what} {path}")
+    try:
+        model, info = auto_class.from_pretrained(
+            str(path),
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"{what} {path}: cannot read its weights: {one_line(error)}") from error
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(may_miss or ("\0",)))
+    if missing:
+        raise UserError(
+            f"{what} {path}: {len(missing)} weights are not in its files (first: {missing[0]}); "
+            "the checkpoint is incomplete or of another kind"
+        )
+    return model.to(device)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set all dropout to 0: before the first update a token's probability ratio must be 1.
+
+    Layers, and the plain numbers that some architectures hand to the functional form.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel, what: str) -> None:
+    """Recompute each layer in the backward pass (non-reentrant, so frozen inputs and keywords are fine)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"{what}: gradient_checkpointing: {one_line(error)}") from error

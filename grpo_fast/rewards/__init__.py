@@ -1,0 +1,1 @@
+"""The user's reward functions, and the objectives' names and weights."""

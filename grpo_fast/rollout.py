@@ -1,0 +1,95 @@
+"""From prompts to a step's training data: completions, the reward matrix, advantages.
+
+Letters: P prompts, G completions a prompt, S = P·G sequences, R objectives.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from grpo_kernels import group_advantages
+from torch import Tensor
+
+from grpo_fast.config.resolve import advantage_choice
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.data.prompts import Prompt
+from grpo_fast.engines.base import Completion, RolloutEngine
+from grpo_fast.task import Task
+
+Timer = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One step's sequences, group after group."""
+
+    prompts: list[Prompt]  # (P)
+    prompt_of: list[int]  # (S) index into prompts
+    completions: list[Completion]  # (S)
+    texts: list[str]  # (S)
+    rewards: Tensor  # (S, R) float32
+    advantages: Tensor  # (S,) float32
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        """Token ids of the P prompts."""
+        return [prompt.token_ids for prompt in self.prompts]
+
+
+def collect(
+    prompts: list[Prompt], task: Task, engine: RolloutEngine, config: TrainConfig, *, seed: int, timer: Timer
+) -> Rollout:
+    """Sample a group of completions for each prompt, score them and compare them within their group."""
+    group_size = config.rollout.group_size
+    with timer("generate"):
+        token_ids = [prompt.token_ids for prompt in prompts]
+        completions = engine.generate(token_ids, group_size, task.sampling(config), seed)
+        texts = [task.decode(completion.token_ids) for completion in completions]
+    prompt_of = [index for index in range(len(prompts)) for _ in range(group_size)]
+    with timer("reward"):
+        rewards = task.scorer([prompts[i] for i in prompt_of], texts)
+    mode, scale = advantage_choice(config)
+    advantages = group_advantages(
+        rewards,
+        group_size=group_size,
+        weights=task.scorer.weights,
+        mode=mode,
+        scale=scale,
+        std_floor=config.advantage.std_floor,
+    )
+    return Rollout(
+        prompts=prompts,
+        prompt_of=prompt_of,
+        completions=completions,
+        texts=texts,
+        rewards=rewards,
+        advantages=advantages,
+    )
+
+
+def rollout_metrics(rollout: Rollout, names: Sequence[str], group_size: int) -> dict[str, float]:
+    """Means and spreads of one rollout under the names that metrics.jsonl and the report use."""
+    metrics: dict[str, float] = {}
+    for column, name in enumerate(names):
+        values = rollout.rewards[:, column]
+        observed = values[~values.isnan()]
+        if len(observed) < 2:
+            continue
+        metrics[f"reward/{name}"] = observed.mean().item()
+        metrics[f"reward_sem/{name}"] = (observed.std() / len(observed) ** 0.5).item()
+        groups = values.view(-1, group_size)
+        spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+        metrics[f"group_std/{name}"] = spread.nanmean().item()
+    lengths = torch.tensor(
+        [len(completion.token_ids) for completion in rollout.completions], dtype=torch.float32
+    )
+    cut = sum(completion.finish_reason == "length" for completion in rollout.completions)
+    flat = (rollout.advantages.view(-1, group_size) == 0).all(1).float().mean().item()
+    return metrics | {
+        "length_mean": lengths.mean().item(),
+        "length_max": lengths.max().item(),
+        "truncated_frac": cut / len(lengths),
+        "flat_groups_frac": flat,
+        "generated_tokens": lengths.sum().item(),
+    }

@@ -1,0 +1,314 @@
+"""Checkpoints that are either whole or not there: `checkpoints/step-000123/`.
+
+A checkpoint is a folder of safetensors files (one a group of tensors), `state.json` (everything that is not
+a tensor) and `manifest.json` (size and sha256 of each file), which is written last. The folder is built under
+a temporary name beside its place, every file is fsynced, and one rename makes it appear; a process killed at
+any moment leaves the older checkpoints as they were. Nothing is ever pickled or unpickled.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from grpo_fast import __version__
+from grpo_fast.errors import UserError
+
+FORMAT = "grpo_fast checkpoint"
+FORMAT_VERSION = 1
+_FOLDER = re.compile(r"step-(\d{6,})")
+_GROUP = re.compile(r"[A-Za-z0-9_]+")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+Groups = dict[str, dict[str, Tensor]]
+
+
+def save(
+    run_dir: Path | str,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write `run_dir/checkpoints/step-<step>` and return it; of the older ones the last `keep - 1` stay.
+
+    `tensors` maps a group ("model", "optimizer") to its named tensors, on any device; they are written one at
+    a time, so the host never holds a second copy of the model. Names that share one tensor (tied weights) are
+    stored once and share one tensor again after `load`. `state` must survive JSON: string keys, lists for
+    tuples. A full disk, or any other write error, raises UserError and leaves every older checkpoint.
+    """
+    if keep < 1:
+        raise UserError(f"checkpoints to keep must be at least 1, got {keep}")
+    if bad := [name for name in tensors if not _GROUP.fullmatch(name)]:
+        raise ValueError(f"a group name must be letters, digits and underscores, got {bad[0]!r}")
+    state_text = json.dumps(state, indent=1)
+    parent = Path(run_dir) / "checkpoints"
+    target = parent / f"step-{step:06d}"
+    temporary = parent / f".step-{step:06d}.tmp-{os.getpid()}"
+    replaced = parent / f".step-{step:06d}.replaced"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(".step-*.tmp-*"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        files: dict[str, dict[str, Any]] = {}
+        aliases: dict[str, dict[str, str]] = {}
+        for group, named in tensors.items():
+            unique, aliases[group] = _without_aliases(named)
+            files[f"{group}.safetensors"] = _write(temporary / f"{group}.safetensors", _safetensors(unique))
+        files["state.json"] = _write(temporary / "state.json", [state_text.encode()])
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "project_version": __version__,
+            "step": step,
+            "files": files,
+            "aliases": aliases,
+        }
+        _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+        _fsync_folder(temporary)
+        if target.exists():  # the same step saved again: the new one takes its place
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        temporary.rename(target)
+        _fsync_folder(parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(_save_failure(error, target, tensors)) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in [path for path in _all(run_dir) if path != target][: -(keep - 1) or None]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def latest(run_dir: Path | str) -> Path | None:
+    """The newest checkpoint folder of a run, or None. It is not verified here: `load` does that."""
+    found = _all(run_dir)
+    return found[-1] if found else None
+
+
+def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Groups, dict[str, Any]]:
+    """Verify a checkpoint and read it: `(groups, state)` as they were given to `save`, tensors on `device`.
+
+    Anything that is not exactly what `save` wrote raises UserError: a file that is missing, truncated or
+    altered, a folder that another program or another format version wrote.
+    """
+    path = Path(path)
+    if problem := verify(path):
+        raise UserError(problem + _way_out(path))
+    manifest = json.loads((path / "manifest.json").read_text())
+    groups: Groups = {}
+    for group, aliases in manifest["aliases"].items():
+        file = path / f"{group}.safetensors"
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error})" + _way_out(path)) from error
+        named.update({alias: named[original] for alias, original in aliases.items()})
+        groups[group] = named
+    return groups, json.loads((path / "state.json").read_text())
+
+
+def verify(path: Path | str) -> str | None:
+    """None when the checkpoint is whole, else one line: which file, what was expected, what is there."""
+    path = Path(path)
+    if not path.is_dir():
+        return f"{path}: expected a checkpoint folder, found {'a file' if path.exists() else 'nothing'}"
+    file = path / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        return f"{file}: missing, so this folder is not a checkpoint"
+    except (OSError, ValueError) as error:
+        return f"{file}: expected the checkpoint's JSON manifest, cannot read it ({_one_line(error)})"
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return f"{file}: expected format {FORMAT!r}, found another program's file"
+    if manifest.get("format_version") != FORMAT_VERSION:
+        return (
+            f"{file}: expected format version {FORMAT_VERSION}, found {manifest.get('format_version')!r} "
+            f"(written by grpo_fast {manifest.get('project_version')!r})"
+        )
+    try:
+        expected = {
+            name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+        }
+        listed = {f"{group}.safetensors" for group in manifest["aliases"]} | {"state.json"}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"{file}: expected a list of files with size and sha256, found something else"
+    if listed != set(expected):
+        return f"{file}: expected the files {sorted(listed)}, found {sorted(expected)}"
+    for name, (size, sha256) in expected.items():
+        part = path / name
+        if Path(name).name != name or not part.is_file():
+            return f"{part}: missing, expected {size} bytes"
+        if (found := part.stat().st_size) != size:
+            return f"{part}: expected {size} bytes, found {found} (truncated or overwritten)"
+        with part.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != sha256:
+            return f"{part}: corrupt, expected sha256 {sha256[:12]}…, found {digest[:12]}…"
+    return None
+
+
+def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A torch optimizer's `state_dict()` as (named tensors for a group, plain JSON for the state).
+
+    Tensor `exp_avg` of parameter 3 becomes "3.exp_avg"; whatever is no tensor goes into the JSON part.
+    """
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for parameter, values in state_dict["state"].items():
+        for name, value in values.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{parameter}.{name}"] = value
+    groups = [
+        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return tensors, {"param_groups": groups, "scalars": scalars}
+
+
+def unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer`, ready for `optimizer.load_state_dict`.
+
+    Step counters come back on the CPU, where torch keeps them; a fused optimizer moves them itself.
+    """
+    state: dict[int | str, dict[str, Any]] = {}
+    for flat, value in [*tensors.items(), *plain["scalars"].items()]:
+        key, _, name = flat.rpartition(".")
+        if name == "step" and isinstance(value, Tensor):
+            value = value.cpu()
+        state.setdefault(int(key) if key.isdigit() else key, {})[name] = value
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in plain["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _all(run_dir: Path | str) -> list[Path]:
+    """Every checkpoint folder of a run, oldest first."""
+    parent = Path(run_dir) / "checkpoints"
+    found = [path for path in parent.glob("step-*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split into tensors to store and {alias: stored name} for names of one and the same memory."""
+    unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in named.items():
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        original = first.setdefault(key, name) if tensor.numel() else name
+        if original == name:
+            unique[name] = tensor
+        else:
+            aliases[name] = original
+    return unique, aliases
+
+
+def _safetensors(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece.
+
+    Written here rather than by the library so that one tensor at a time leaves the device, the checksum is
+    taken on the way, and a full disk is an OSError.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in named.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"tensor {name!r} has dtype {tensor.dtype}, which a checkpoint cannot hold")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in named.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def _write(path: Path, pieces: Iterator[bytes | memoryview] | list[bytes]) -> dict[str, Any]:
+    """Write and fsync one file; its entry of the manifest."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _save_failure(error: OSError, target: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
+    room = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        unique = [_without_aliases(named)[0] for named in tensors.values()]
+        needed = sum(tensor.numel() * tensor.element_size() for named in unique for tensor in named.values())
+        existing = next(path for path in [target, *target.parents] if path.exists())
+        free = shutil.disk_usage(existing).free
+        room = f" (needs {needed / 2**30:.3f} GiB, {free / 2**30:.3f} GiB are free)"
+    newest = latest(target.parent.parent)
+    kept = (
+        f"the checkpoints before it are intact, newest {newest}"
+        if newest
+        else "there is no earlier checkpoint"
+    )
+    return f"cannot save checkpoint {target}: {error.strerror or error}{room}; {kept}"
+
+
+def _way_out(path: Path) -> str:
+    """The end of an error line: which older checkpoint can be used instead, and how."""
+    run_dir = path.parent.parent
+    older = [other for other in _all(run_dir) if other.name != path.name]
+    good = next((other for other in reversed(older) if verify(other) is None), None)
+    if good is None:
+        return "; no other checkpoint of this run is whole"
+    if not path.exists():
+        return f"; {good} is whole: continue from it with --resume {run_dir}"
+    return f"; {good} is whole: remove {path} and continue from there with --resume {run_dir}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

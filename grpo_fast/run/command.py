@@ -1,0 +1,43 @@
+"""How every command ends: 0, 2 with one line for a user's mistake, 130 after Ctrl-C."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from grpo_fast.errors import UserError
+
+
+def run_command(command: Callable[[], int | None]) -> NoReturn:
+    """Call `command` and exit with what it returns; a UserError is one line on stderr and exit code 2."""
+    try:
+        code = command() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:  # a full disk, a folder that may not be written: nothing a traceback would explain
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are UserErrors, with the nearest known flag named."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        known = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown.partition("=")[0], known, n=1)
+        raise UserError(
+            f"{message}{f' (did you mean {near[0]}?)' if near else ''}; --help lists the arguments"
+        )

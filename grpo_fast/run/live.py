@@ -1,0 +1,78 @@
+"""A run while it goes on: its folder, its display, and the wish to stop it."""
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from grpo_fast.run.metrics import RunLogger, peak_memory_gib, read_rows
+from grpo_fast.run.progress import Progress
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM arrived; the step that was running has been finished."""
+
+
+class Run:
+    """Logs and shows every step. `stop_requested` turns true with the first SIGINT or SIGTERM.
+
+    A second signal interrupts at once. Use as a context manager.
+    """
+
+    def __init__(self, logger: RunLogger):
+        self.path: Path = logger.path
+        self.logger = logger
+        self.progress = Progress()
+        self.phase_timer = logger.phase_timer
+        self.stop_requested = False
+        self._phase = ""
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Run":
+        self._stack.enter_context(self.logger)
+        self._stack.enter_context(self.progress)
+        self._stack.enter_context(self._signals())
+        return self
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._stack.__exit__(*exception)
+
+    def begin(self, phase: str, steps: int, *, done: int = 0, objectives: Sequence[str] = ()) -> None:
+        """Start showing a phase of `steps` steps, `done` of which an earlier process took."""
+        self._phase = phase
+        self.progress.objectives = list(objectives)
+        self.progress.phase(phase, steps, done=done)
+
+    def step(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Log and show step `step` (from 1) of the current phase."""
+        row = self.logger.step(self._phase, step, {**scalars, "memory_gib": round(peak_memory_gib(), 3)})
+        self.progress.update(step, row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every step logged so far, those before a resume included."""
+        return read_rows(self.path / "metrics.jsonl")
+
+    def check_stop(self) -> None:
+        """Raise `Stopped` when a signal has asked for it: called where nothing half-done would be lost."""
+        if self.stop_requested:
+            raise Stopped
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def request(number: int, _: FrameType | None) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            name = signal.Signals(number).name
+            self.progress.message(
+                f"{name}: stopping after this step, everything is saved; once more stops at once"
+            )
+
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,213 @@
+"""What one sees while a run goes on: a live display on a terminal, one plain line a step anywhere else."""
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PHASE_TITLES = {"warm_start": "warm start", "reward_model": "reward model", "grpo": "GRPO"}
+COLOURS = ["cyan", "magenta", "green", "yellow", "blue", "red"]  # of the objectives, in their order
+_SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def plain_text(text: str, *, one_line: bool = False) -> str:
+    """The text without anything a terminal obeys: escape sequences, control and direction characters.
+
+    Newlines and tabs stay, or become spaces with `one_line`.
+    """
+    keep = "" if one_line else "\n\t"
+    if one_line:
+        text = " ".join(text.split())
+    return "".join(c if c in keep or not _obeyed(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+class Progress:
+    """The display of a run, a context manager; it leaves the terminal as it was, whatever happens.
+
+    `update` takes the same scalars that go into metrics.jsonl: `reward/<name>`, `loss`, `kl`, `tokens_per_s`,
+    `memory_gib`; others are left to the report. On a terminal the display is redrawn in place; elsewhere each
+    `update` prints exactly one line.
+    """
+
+    def __init__(self, objectives: Sequence[str] = (), *, file: TextIO | None = None) -> None:
+        self.file = file or sys.stdout
+        self.objectives = list(objectives)
+        self.console = Console(file=self.file)
+        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self._phase, self._total, self._done_phases = "", 0, ""
+        self._step, self._first_step, self._started = 0, 0, time.perf_counter()
+        self._row: Mapping[str, Any] = {}
+        self._history: dict[str, list[float]] = {}
+        self._sample: tuple[str, str] | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._live:
+            self._live.__exit__(*exception)
+
+    def phase(self, name: str, total: int, *, done: int = 0) -> None:
+        """Begin a phase of `total` steps, of which a resumed run has `done` behind it."""
+        self._phase, self._total, self._step, self._first_step = name, total, done, done
+        self._started = time.perf_counter()
+        self._row, self._history = {}, {}
+        self._redraw()
+
+    def update(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Show step `step` (counted from 1) of the current phase."""
+        self._step, self._row = step, scalars
+        for key, value in scalars.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._history.setdefault(key, []).append(float(value))
+        if self._live:
+            self._redraw()
+        else:
+            print(self._line(), file=self.file, flush=True)
+
+    def message(self, text: str) -> None:
+        """One line above the display (or among the plain lines)."""
+        text = plain_text(text, one_line=True)
+        if self._live:
+            self.console.print(Text(text))
+        else:
+            print(text, file=self.file, flush=True)
+
+    def sample(self, prompt: str, completion: str) -> None:
+        """Let the live display show this completion; plain output leaves it out."""
+        self._sample = plain_text(prompt, one_line=True), plain_text(completion, one_line=True)
+        self._redraw()
+
+    def _left(self) -> str:
+        done = self._step - self._first_step
+        if not done:
+            return "–"
+        return duration((time.perf_counter() - self._started) / done * (self._total - self._step))
+
+    def _change(self, key: str) -> float:
+        values = self._history.get(key, [])
+        return values[-1] - values[0] if values else 0.0
+
+    def _numbers(self) -> list[tuple[str, str]]:
+        """(label, value) of what the last step measured besides the rewards."""
+        row, shown = self._row, []
+        for label, key, form in [("loss", "loss", "{:.4f}"), ("KL", "kl", "{:.4f}")]:
+            if row.get(key) is not None:
+                shown.append((label, form.format(row[key])))
+        if row.get("tokens_per_s") is not None:
+            shown.append(("tok/s", si(row["tokens_per_s"])))
+        if row.get("memory_gib") is not None:
+            shown.append(("GiB", f"{row['memory_gib']:.2f}"))
+        return shown
+
+    def _line(self) -> str:
+        parts = [f"{self._phase} {self._step}/{self._total}"]
+        parts += [
+            f"{name} {self._row[key]:.3f} ({self._change(key):+.3f})"
+            for name in self.objectives
+            if self._row.get(key := f"reward/{name}") is not None
+        ]
+        parts += [f"{label} {value}" for label, value in self._numbers()]
+        return "  ".join([*parts, f"left {self._left()}"])
+
+    def _redraw(self) -> None:
+        if self._live:
+            self._live.update(self._panel(), refresh=True)
+
+    def _panel(self) -> Panel:
+        head = Table.grid(expand=True, padding=(0, 1))
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        head.add_row(
+            Text(f"step {self._step}/{self._total}", style="bold"),
+            ProgressBar(
+                total=max(self._total, 1),
+                completed=self._step,
+                style="grey30",
+                complete_style="cyan",
+                finished_style="green",
+            ),
+            Text(f"{self._left()} left", style="dim"),
+        )
+        parts: list[Any] = [head]
+        shown = [name for name in self.objectives if self._history.get(f"reward/{name}")]
+        if shown:
+            table = Table.grid(padding=(0, 2), expand=True)
+            for justify in ("left", "right", "right"):
+                table.add_column(justify=justify, no_wrap=True)
+            table.add_column(ratio=1, no_wrap=True, overflow="crop")
+            table.add_row(*[Text(title, style="dim") for title in ("objective", "reward", "since start", "")])
+            width = max(8, self.console.width - max(map(len, shown)) - 32)
+            for name in shown:
+                values, change = self._history[f"reward/{name}"], self._change(f"reward/{name}")
+                colour = COLOURS[self.objectives.index(name) % len(COLOURS)]
+                style = "green" if change > 0 else "red" if change < 0 else "dim"
+                table.add_row(
+                    Text(name, style=colour),
+                    Text(f"{values[-1]:.3f}", style="bold"),
+                    Text(f"{change:+.3f}", style=style),
+                    Text(sparkline(values, width), style=colour),
+                )
+            parts += [Text(), table]
+        if numbers := self._numbers():
+            line = Text()
+            for label, value in numbers:
+                line.append(f"{label} ", style="dim").append(f"{value}   ")
+            parts += [Text(), line]
+        if self._sample:
+            parts.append(Text())
+            for mark, text in zip("›‹", self._sample, strict=True):
+                parts.append(Text(f"{mark} {text}", style="dim", no_wrap=True, overflow="ellipsis"))
+        title = Text(PHASE_TITLES.get(self._phase, self._phase) or "starting", style="bold")
+        return Panel(Group(*parts), title=title, title_align="left", border_style="grey42", padding=(0, 1))
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values as a line of block characters, averaged down to at most `width` of them."""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(_SPARKS[min(7, int(8 * (value - low) / span))] if span else _SPARKS[0] for value in means)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "8 s", "3 min 05 s" or "2 h 07 min"."""
+    whole = round(max(seconds, 0.0))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def si(value: float) -> str:
+    """Three digits and k, M or G: 12345 becomes "12.3k"."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _obeyed(character: str) -> bool:
+    code = ord(character)
+    return (
+        code < 0x20
+        or 0x7F <= code < 0xA0
+        or 0xD800 <= code < 0xE000  # lone surrogates, which no output encoding takes
+        or code in (0x061C, 0x200E, 0x200F, 0x2028, 0x2029)
+        or 0x202A <= code <= 0x202E
+        or 0x2066 <= code <= 0x2069
+    )

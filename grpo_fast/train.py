@@ -1,0 +1,140 @@
+"""Align a language model on several objectives at once: `python -m grpo_fast.train`.
+
+The algorithm, top to bottom: sample a group of completions for each prompt, score every completion on every
+objective, compare each with its group, and push the policy towards what scored better (GRPO, arXiv 2402.03300,
+with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs on the embedded miniature world.
+"""
+
+import time
+
+import torch
+import transformers
+
+from grpo_fast.config.command_line import parse, to_toml
+from grpo_fast.config.resolve import loss_config, run_path
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.data.prompts import PromptSampler
+from grpo_fast.engines.local import LocalEngine
+from grpo_fast.evaluate import evaluate, means
+from grpo_fast.grpo import update
+from grpo_fast.miniature.setup import prepare
+from grpo_fast.miniature.world import OBJECTIVES
+from grpo_fast.optim import Optimizer, learning_rate
+from grpo_fast.plan import print_plan
+from grpo_fast.rollout import collect, rollout_metrics
+from grpo_fast.run.allocator import keep_freed_memory
+from grpo_fast.run.command import run_command
+from grpo_fast.run.live import Run, Stopped
+from grpo_fast.run.metrics import RunLogger
+from grpo_fast.state import restore, resumed_logger, save, save_evaluation, saved_evaluation
+from grpo_fast.summary import sample_rows, write_results
+from grpo_fast.task import Inputs, check_inputs, load
+
+
+def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
+    """One whole run: build or load the models, evaluate, train, evaluate again, write model and report.
+
+    Returns the exit code: 0, or 130 when it was interrupted, with everything saved.
+    """
+    task = load(config, inputs) if config.policy.model else prepare(config, inputs.functions, run)
+    policy = task.policy
+    engine = LocalEngine(policy.model, max_rows=config.rollout.max_rows)
+    needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
+    reference = policy.frozen_copy() if needs_copy else None
+    optimizer = Optimizer(
+        policy.trainable_parameters(),
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        max_grad_norm=config.optim.max_grad_norm,
+        kind=config.optim.optimizer,
+    )
+    sampler = PromptSampler(len(task.prompts), config.rollout.prompts_per_step, config.seed)
+    steps, evaluation_seed = config.run.steps, config.seed << 32
+
+    first = restore(run.path, policy, optimizer)
+    run.begin("grpo", steps, done=first, objectives=task.scorer.names)
+    before = saved_evaluation(run.path)
+    if before is None:
+        with run.phase_timer("evaluate"):
+            before = evaluate(task, engine, config, seed=evaluation_seed)
+        run.logger.samples(sample_rows("before", 0, task, before, config.run.samples))
+        save_evaluation(run.path, before)
+
+    for step in range(first, steps):
+        started = time.perf_counter()
+        prompts = [task.prompts[index] for index in sampler.indices(step)]
+        rollout = collect(
+            prompts, task, engine, config, seed=evaluation_seed + step + 1, timer=run.phase_timer
+        )
+        lr = learning_rate(
+            step,
+            lr=config.optim.lr,
+            warmup_steps=config.optim.warmup_steps,
+            total_steps=steps,
+            schedule=config.optim.schedule,
+        )
+        with run.phase_timer("update"):
+            metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
+            engine.push(policy.model.named_parameters(), step + 1)
+        metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
+        metrics["tokens_per_s"] = metrics["generated_tokens"] / (time.perf_counter() - started)
+
+        done = step + 1
+        if is_due(done, config.run.eval_every) and done < steps:
+            with run.phase_timer("evaluate"):
+                metrics |= means(evaluate(task, engine, config, seed=evaluation_seed))
+        run.step(done, metrics)
+        if is_due(done, config.run.save_every) or done == steps or run.stop_requested:
+            with run.phase_timer("save"):
+                save(run.path, done, policy, optimizer, keep=config.run.keep_checkpoints)
+        if run.stop_requested:
+            write_results(run, config, task, before, None, steps=done)
+        run.check_stop()
+
+    with run.phase_timer("evaluate"):
+        after = evaluate(task, engine, config, seed=evaluation_seed)
+    run.logger.samples(sample_rows("after", steps, task, after, config.run.samples))
+    with run.phase_timer("save"):
+        policy.save(run.path / "model", merge=config.policy.merge_on_save)
+    write_results(run, config, task, before, after, steps=steps)
+    return 0
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done `every` steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. Exit code 0 when done, 2 after bad input, 130 when interrupted."""
+    run_command(lambda: _command(argv))
+
+
+def _command(argv: list[str] | None) -> int:
+    asked = parse(argv)
+    config = asked.config
+    keep_freed_memory()
+    transformers.utils.logging.disable_progress_bar()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    inputs = check_inputs(config, own_heads=() if config.policy.model else OBJECTIVES)
+    if asked.dry_run:
+        print_plan(config, inputs)
+        return 0
+    wandb = "grpo_fast" if config.run.wandb else None
+    if asked.resume:
+        logger = resumed_logger(asked.resume, wandb_project=wandb)
+    else:
+        logger = RunLogger.create(run_path(config), config_toml=to_toml(config), wandb_project=wandb)
+    with Run(logger) as run:
+        try:
+            return train(config, inputs, run)
+        except Stopped:
+            run.progress.message(f"stopped; go on with: python -m grpo_fast.train --resume {run.path}")
+            return 130
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The command end to end: a whole run, the same run again, and one that was interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_fast.run.live import Run
+from grpo_fast.run.metrics import read_rows, reproducible
+from grpo_fast.train import main
+from tests.tiny import TINY_MINIATURE, save_policy, write_config, write_prompts
+
+REWARDS = '''
+def counts_e(prompts, completions, **columns):
+    """Prefers one letter: what a policy can learn in a few steps."""
+    return [sum(letter == "e" for letter in text) / 16 for text in completions]
+
+def two(prompts, completions, **columns):
+    return {"short": [-len(text) / 50 for text in completions], "vowels": counts_e(prompts, completions)}
+'''
+
+
+def run_command(*flags: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(flag) for flag in flags])
+    return stop.value.code if isinstance(stop.value.code, int) else 0
+
+
+def metrics(run: Path) -> list[dict]:
+    return [reproducible(row) for row in read_rows(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe = write_config(folder / "tiny.toml")
+    assert run_command("--config", recipe, "--output-dir", folder, "--name", "straight") == 0
+    return folder / "straight"
+
+
+def test_a_run_leaves_everything_the_design_names(tiny_run):
+    names = {path.name for path in tiny_run.iterdir()}
+    assert {"config.toml", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "model"} <= names
+    assert list((tiny_run / "tensorboard").rglob("events.*"))
+    assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == [
+        "step-000004",
+        "step-000006",
+    ]
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 6 and summary["prompts"] == 12
+    assert {"warm_start", "reward_model", "generate", "reward", "update", "evaluate"} <= set(
+        summary["phase_s"]
+    )
+    assert summary["wall_s"] > 0 and summary["tokens_per_s"] > 0 and summary["peak_memory_gib"] > 0
+    for name in ("safety", "politeness", "meaningfulness", "actionability"):
+        entry = summary["objectives"][name]
+        for key in ("reward_before", "reward_after", "judge_before", "judge_after", "judge_change"):
+            low, high = entry[key]["ci95"]
+            assert low <= entry[key]["mean"] <= high
+        assert {"mae", "pearson", "spearman", "n"} <= set(summary["reward_model"][name])
+    phases = [row["phase"] for row in read_rows(tiny_run / "metrics.jsonl")]
+    assert (
+        phases == sorted(phases, key=["warm_start", "reward_model", "grpo"].index)
+        and phases.count("grpo") == 6
+    )
+    when = [row["when"] for row in read_rows(tiny_run / "samples.jsonl")]
+    assert when == ["before"] * 3 + ["after"] * 3
+
+
+def test_the_model_loads_in_transformers(tiny_run):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "model")
+    text = "how do i draw a map"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert model.config.vocab_size == len(tokenizer)
+    heads = AutoModelForSequenceClassification.from_pretrained(tiny_run / "reward_model").config.id2label
+    assert list(heads.values()) == ["safety", "politeness", "meaningfulness", "actionability"]
+
+
+def test_the_same_seed_gives_the_same_metrics(tiny_run, tmp_path):
+    recipe = write_config(tmp_path / "tiny.toml")
+    assert run_command("--config", recipe, "--output-dir", tmp_path, "--name", "again") == 0
+    assert metrics(tmp_path / "again") == metrics(tiny_run)
+    assert run_command("--config", recipe, "--output-dir", tmp_path, "--name", "other", "--seed", "1") == 0
+    assert metrics(tmp_path / "other") != metrics(tiny_run)
+
+
+@pytest.mark.parametrize(("phase", "step"), [("warm_start", 2), ("reward_model", 1), ("grpo", 3)])
+def test_an_interrupted_run_goes_on_to_the_same_metrics(tiny_run, tmp_path, monkeypatch, phase, step):
+    recipe = write_config(tmp_path / "tiny.toml")
+    log = Run.step
+
+    def interrupted(self, number, scalars):
+        log(self, number, scalars)
+        if (self._phase, number) == (phase, step):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", interrupted)
+        assert run_command("--config", recipe, "--output-dir", tmp_path, "--name", "cut") == 130
+    run = tmp_path / "cut"
+    assert metrics(run)[-1]["phase"] == phase and metrics(run)[-1]["step"] == step
+    assert run_command("--resume", run) == 0
+    assert metrics(run) == metrics(tiny_run)
+    assert read_rows(run / "samples.jsonl") == read_rows(tiny_run / "samples.jsonl")
+    ours, theirs = (json.loads((path / "summary.json").read_text())["objectives"] for path in (run, tiny_run))
+    assert ours == theirs
+
+
+def test_sigterm_from_outside_saves_and_exits_130(tmp_path):
+    recipe = write_config(tmp_path / "tiny.toml", TINY_MINIATURE.replace("steps = 6", "steps = 5000"))
+    command = [
+        sys.executable,
+        "-m",
+        "grpo_fast.train",
+        "--config",
+        recipe,
+        "--output-dir",
+        tmp_path,
+        "--name",
+        "t",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.time() + 120
+        while time.time() < deadline:
+            rows = read_rows(tmp_path / "t" / "metrics.jsonl")
+            if rows and rows[-1]["phase"] == "grpo":
+                break
+            time.sleep(0.2)
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "--resume" in output.splitlines()[-1]
+    last = read_rows(tmp_path / "t" / "metrics.jsonl")[-1]["step"]
+    assert (tmp_path / "t" / "checkpoints" / f"step-{last:06d}").is_dir()
+    assert (tmp_path / "t" / "report.html").is_file()
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("my_rewards", None)
+    return tmp_path
+
+
+def own_model_flags(folder: Path, family: str, **overrides) -> list[str]:
+    policy = save_policy(folder / family, family, **overrides)
+    flags = (
+        f"--policy.model {policy} --data.prompts {write_prompts(folder / 'prompts.jsonl')} --data.eval-size 8"
+    )
+    flags += " --reward.functions my_rewards:counts_e --rollout.prompts-per-step 4 --rollout.group-size 8"
+    flags += f" --rollout.max-new-tokens 12 --optim.lr 1e-2 --run.steps 16 --output-dir {folder} --name run"
+    return flags.split()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_another_architecture_learns_from_a_python_reward(rewards, family, loss):
+    assert run_command(*own_model_flags(rewards, family), "--loss.preset", loss) == 0
+    objective = json.loads((rewards / "run" / "summary.json").read_text())["objectives"]["counts_e"]
+    assert objective["reward_change"]["ci95"][0] > 0, objective
+
+
+def test_lora_trains_the_adapter_alone_and_peft_loads_it(rewards):
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    flags = own_model_flags(rewards, "llama")
+    assert run_command(*flags, "--policy.lora-rank", "4", "--optim.lr", "3e-2") == 0
+    run = rewards / "run"
+    objective = json.loads((run / "summary.json").read_text())["objectives"]["counts_e"]
+    assert objective["reward_change"]["mean"] > 0
+    saved = load_file(next((run / "checkpoints").iterdir()) / "model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    base = AutoModelForCausalLM.from_pretrained(rewards / "llama")
+    adapted = PeftModel.from_pretrained(base, run / "model")
+    ids = torch.arange(5, 15)[None]
+    with adapted.disable_adapter():
+        plain = adapted(ids).logits
+    assert not torch.allclose(adapted(ids).logits, plain)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optim.updates-per-rollout 2 --optim.minibatches 2 --loss.preset dapo",
+        "--loss.preset gspo --dtype bfloat16 --policy.gradient-checkpointing",
+        "--loss.preset cispo --advantage.mode dvao --optim.token-budget 64",
+        "--loss.preset dr_grpo --optim.optimizer adafactor",
+        "--loss.preset grpo --loss.entropy-coef 0.01 --loss.mask-truncated",
+        "--rollout.top-k 20 --loss.mismatch truncate --loss.mismatch-high 2",
+    ],
+)
+def test_options_run_through(rewards, flags):
+    base = own_model_flags(rewards, "qwen2")
+    base[base.index("my_rewards:counts_e")] = "my_rewards:two"
+    base[base.index("16")] = "2"
+    assert run_command(*base, *flags.split()) == 0
+    rows = [row for row in metrics(rewards / "run") if row["phase"] == "grpo"]
+    assert len(rows) == 2 and all(row["grad_norm"] is not None for row in rows)
+    assert {"reward/short", "reward/vowels"} <= set(rows[0])
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(rewards, capsys):
+    assert run_command(*own_model_flags(rewards, "llama"), "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "4 prompts × 8 completions = 32" in shown and "GiB" in shown and "counts_e × 1" in shown
+    assert not (rewards / "run").exists()

@@ -1,0 +1,65 @@
+"""Tiny models and a byte-level tokenizer, built in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2Tokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+PAD, END = "<|pad|>", "<|end|>"
+VOCAB = 264  # 256 bytes, two special tokens, and a few rows no token uses, as real models have
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,  # large enough for every layer to matter
+    "pad_token_id": 256,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+}
+
+
+def byte_tokenizer(*, pad: str = PAD, end: str = END) -> PreTrainedTokenizerBase:
+    """One token a byte; ids 256 and 257 are padding and end (pad=END makes them the same)."""
+    vocab = {char: i for i, char in enumerate(bytes_to_unicode().values())} | {PAD: 256, END: 257}
+    return Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=PAD, pad_token=pad, eos_token=end)
+
+
+def config_of(family: str, **overrides: Any) -> PreTrainedConfig:
+    """qwen2 (tied head), llama (untied) or gemma2 (tied, both softcaps, a sliding window of 8)."""
+    own: dict[str, Any] = {
+        "qwen2": {"tie_word_embeddings": True},
+        "llama": {"tie_word_embeddings": False},
+        "gemma2": {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 10.0,
+            "query_pre_attn_scalar": 8,
+        },
+    }[family]
+    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig, "gemma2": Gemma2Config}[family]
+    return kind(**(own | SIZES | overrides))
+
+
+def causal_model(family: str = "qwen2", *, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A causal language model with random float32 weights, in plain `transformers` form."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config_of(family, **overrides))
