@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from grpo_fast.run.allocator import keep_freed_memory
+
 from benchmarks.contenders import CONTENDERS, Problem, Run, truth
 
 PRODUCTS = {"trained": 3, "frozen": 2, "forward": 1}
@@ -51,19 +53,25 @@ def main(argv: list[str] | None = None) -> int:
     _print_table(record)
     if args.output:
         Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({key: record[key] for key in ("device", "shape", "mode", "median_s", "extra_mib", "ratios")}))
+    print(
+        json.dumps(
+            {key: record[key] for key in ("device", "shape", "mode", "median_s", "extra_mib", "ratios")}
+        )
+    )
     return 0 if all(row["agrees"] is not False for row in results.values()) else 1
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=tuple(LARGEST_ERROR))
     parser.add_argument("--shape", default="1024,256,50000", help="tokens,hidden size,vocabulary")
     parser.add_argument("--sequences", type=int, default=8, help="equal parts of the tokens")
     parser.add_argument("--mode", default="trained", choices=tuple(PRODUCTS))
     parser.add_argument("--contenders", default=None, help="comma-separated; default by device")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--output", default=None, help="JSON file for the whole record, samples included")
@@ -94,17 +102,24 @@ def _worker(name: str, spec: dict[str, Any], link: Connection) -> None:
     device = spec["device"]
     tokens, width, vocabulary = spec["shape"]
     problem = Problem.random(
-        tokens, width, vocabulary, sequences=spec["sequences"], dtype=getattr(torch, spec["dtype"]), device=device
+        tokens,
+        width,
+        vocabulary,
+        sequences=spec["sequences"],
+        dtype=getattr(torch, spec["dtype"]),
+        device=device,
     )
     try:
         run = CONTENDERS[name](problem, spec["mode"])
-        before = _held(device)  # what a contender keeps from call to call counts as extra
         errors = _errors(run(), problem, spec["mode"])
     except Exception as error:  # a contender that is absent or cannot run this is reported, not hidden
         link.send({"error": f"{type(error).__name__}: {error}".splitlines()[0], "errors": [], "agrees": None})
         return
     agrees = all(error <= LARGEST_ERROR[spec["dtype"]] for error in errors)
     link.send({"error": None, "errors": errors, "agrees": agrees if errors else None})
+    # From here as in training: freed memory stays with the process. What is kept from call to call counts as extra.
+    keep_freed_memory()
+    before = _held(device)
     while link.recv() == "go":
         link.send(_measure(run, device, before))
 
@@ -190,7 +205,9 @@ def _versions() -> dict[str, str]:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def _commit() -> str:
@@ -200,13 +217,17 @@ def _commit() -> str:
 
 def _print_table(record: dict[str, Any]) -> None:
     tokens, width, vocabulary = record["shape"]
-    print(f"loss head, {record['mode']}, N {tokens}, H {width}, V {vocabulary}, {record['dtype']}, {record['device']}")
+    print(
+        f"loss head, {record['mode']}, N {tokens}, H {width}, V {vocabulary}, {record['dtype']}, {record['device']}"
+    )
     print(f"{'':16}{'median':>10}{'best':>10}{'TFLOP/s':>10}{'extra MiB':>11}  largest error")
     for name, row in record["contenders"].items():
         if row["error"] is not None:
             print(f"{name:16}{'-':>10}  {row['error']}")
             continue
-        figures = f"{record['median_s'][name]:>9.4f}s{record['best_s'][name]:>9.4f}s{record['tflops'][name]:>10.3f}"
+        figures = (
+            f"{record['median_s'][name]:>9.4f}s{record['best_s'][name]:>9.4f}s{record['tflops'][name]:>10.3f}"
+        )
         errors = " ".join(f"{error:.1e}" for error in row["errors"])
         print(f"{name:16}{figures}{record['extra_mib'][name]:>11.0f}  {errors}")
     for name, ratio in record["ratios"].items():

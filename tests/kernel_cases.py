@@ -16,7 +16,14 @@ N, H, V = 37, 16, 301  # ragged against every block and chunk below
 
 
 def tensors(
-    n: int = N, h: int = H, v: int = V, *, dtype: torch.dtype, seed: int = 0, bias: bool = False, spread: float = 1.0
+    n: int = N,
+    h: int = H,
+    v: int = V,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    bias: bool = False,
+    spread: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
     """Leaves [hidden, weight(, bias)] and targets with the first and the last token of the vocabulary in them."""
     random = torch.Generator().manual_seed(seed)
@@ -42,10 +49,14 @@ def named(leaves: list[Tensor]) -> dict[str, Any]:
 
 def error(found: Tensor, true: Tensor) -> float:
     """Largest deviation relative to the largest true value."""
-    true = true.double()
+    found, true = found.detach(), true.detach().double()
     assert found.shape == true.shape
     assert not found.isnan().any()
-    return float((found.double() - true).abs().max() / true.abs().max().clamp(min=1e-300)) if true.numel() else 0.0
+    return (
+        float((found.double() - true).abs().max() / true.abs().max().clamp(min=1e-300))
+        if true.numel()
+        else 0.0
+    )
 
 
 def assert_close(found: Any, true: Any, tolerance: float) -> None:

@@ -40,7 +40,10 @@ def rollout(prompts: int = 3, *, flat: int | None = None, seed: int = 1) -> Roll
     advantages = torch.randn(prompts * GROUP, generator=draw)
     if flat is not None:
         advantages[flat * GROUP : (flat + 1) * GROUP] = 0
-    asked = [Prompt(f"p{i}", torch.randint(5, 500, (4 + i,), generator=draw).tolist(), None, {}) for i in range(prompts)]
+    asked = [
+        Prompt(f"p{i}", torch.randint(5, 500, (4 + i,), generator=draw).tolist(), None, {})
+        for i in range(prompts)
+    ]
     return Rollout(
         prompts=asked,
         prompt_of=prompt_of,
@@ -105,7 +108,9 @@ def test_a_kl_term_keeps_groups_without_advantage():
     data = rollout(flat=0)
     everything = list(range(12))
     assert with_signal(data, everything, loss_config(config("grpo")), mask_truncated=False) == everything
-    assert with_signal(data, everything, loss_config(config("dapo")), mask_truncated=False) == everything[GROUP:]
+    assert (
+        with_signal(data, everything, loss_config(config("dapo")), mask_truncated=False) == everything[GROUP:]
+    )
     kept = with_signal(data, everything, loss_config(config("grpo")), mask_truncated=True)
     assert kept == [i for i in everything if data.completions[i].finish_reason == "stop"] and len(kept) < 12
 
@@ -113,7 +118,13 @@ def test_a_kl_term_keeps_groups_without_advantage():
 def test_normalisers_count_what_the_presets_say():
     data, everything = rollout(), list(range(12))
     tokens = sum(len(c.token_ids) for c in data.completions)
-    for preset, expected in (("grpo", 12), ("dapo", tokens), ("dr_grpo", 12 * 12), ("luspo", 12), ("gspo", 12)):
+    for preset, expected in (
+        ("grpo", 12),
+        ("dapo", tokens),
+        ("dr_grpo", 12 * 12),
+        ("luspo", 12),
+        ("gspo", 12),
+    ):
         settings = config(preset)
         assert step_normalizer(data, everything, loss_config(settings), settings) == expected, preset
 

@@ -7,7 +7,9 @@ from grpo_kernels.group_advantages import MODES, SCALES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-COMBINATIONS = [(mode, scale) for mode in MODES for scale in (*SCALES, None) if (mode, scale) != ("dvao", "none")]
+COMBINATIONS = [
+    (mode, scale) for mode in MODES for scale in (*SCALES, None) if (mode, scale) != ("dvao", "none")
+]
 
 
 def test_check_vector():
@@ -30,7 +32,13 @@ def test_matches_reference(mode, scale, sizes):
     rewards[5] = torch.nan  # nothing known of this sequence
     rewards[8:16, 2] = 1.3  # a head without signal
     rewards[16:] = 0.7  # a group without signal
-    options = {"weights": [1.0, -0.5, 2.0], "mode": mode, "scale": scale, "group_sizes": sizes, "std_floor": 0.1}
+    options = {
+        "weights": [1.0, -0.5, 2.0],
+        "mode": mode,
+        "scale": scale,
+        "group_sizes": sizes,
+        "std_floor": 0.1,
+    }
     found = group_advantages(rewards, **options)
     assert found.dtype == torch.float32 and found.shape == (24,) and found.isfinite().all()
     assert torch.allclose(found, reference.group_advantages(rewards, **options), atol=1e-6)

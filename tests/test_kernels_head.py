@@ -1,6 +1,5 @@
 """linear_logprob on both backends against the float64 reference: values and every gradient."""
 
-import grpo_kernels._torch_head as torch_head
 import pytest
 import torch
 from grpo_kernels import linear_logprob, reference
@@ -24,9 +23,18 @@ def _loss(which, logprobs, entropy):
     return sum(parts.values()) if which == "both" else parts[which]
 
 
-@pytest.mark.parametrize("which", ["logprobs", "entropy", "both"])
+@pytest.mark.parametrize(
+    "backend,which",
+    # the interpreter is slow, and the entropy's gradient alone takes the same way as both
+    [
+        ("torch", "logprobs"),
+        ("torch", "entropy"),
+        ("torch", "both"),
+        ("triton", "logprobs"),
+        ("triton", "both"),
+    ],
+)
 @pytest.mark.parametrize("options", SHAPES_OF_LOGITS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_values_and_gradients(backend, options, which):
     options = dict(options)
     leaves, targets = tensors(dtype=torch.float32, bias=options.pop("bias", False))
@@ -40,7 +48,9 @@ def test_values_and_gradients(backend, options, which):
     assert_close(gradients, torch.autograd.grad(_loss(which, *true), true_leaves), 3e-5)
 
 
-@pytest.mark.parametrize("trained", [(True, False), (False, True), (True, True)], ids=["hidden", "weight", "both"])
+@pytest.mark.parametrize(
+    "trained", [(True, False), (False, True), (True, True)], ids=["hidden", "weight", "both"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_is_asked_for(backend, trained):
     leaves, targets = tensors(dtype=torch.float32)
@@ -95,7 +105,7 @@ def _adversarial(name):
         hidden.zero_()
     elif name == "masked by -inf":
         bias[::3] = -torch.inf
-        targets = targets // 3 * 3 + 1
+        targets = targets.clamp(max=V - 2) // 3 * 3 + 1
     elif name == "peaked far below zero":
         bias[:] = -1e3
         bias[targets[0]] = -900.0
@@ -142,7 +152,11 @@ def test_adversarial_rows(backend, name):
 
 def test_full_precision_where_the_target_is_nearly_certain():
     leaves, targets, bias = _adversarial("nearly certain")
-    true = reference.linear_logprob(*exact(leaves), targets, bias=bias.double())[0]
+    hidden, weight = exact(leaves)
+    logits = hidden @ weight.t() + bias
+    # log_softmax rounds to 0 here even in float64
+    exponents = logits - logits.gather(1, targets.unsqueeze(1))
+    true = -torch.log1p(exponents.scatter(1, targets.unsqueeze(1), -torch.inf).exp().sum(1))
     for backend in BACKENDS:
         found = linear_logprob(*leaves, targets, bias=bias, backend=backend)[0]
         assert torch.allclose(found.double(), true, rtol=1e-4, atol=0.0)
@@ -191,20 +205,13 @@ def test_strided_inputs_and_autocast():
             assert_close(linear_logprob(wide, weight, targets, backend=backend), true, 3e-6)
 
 
-def test_scratch_is_not_shared_between_results():
-    leaves, targets = tensors(dtype=torch.float32)
-    first = linear_logprob(*leaves, targets)
-    kept = [part.detach().clone() for part in first]
-    linear_logprob(*(leaf * 2 for leaf in leaves), targets)[0].sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
-    held = torch_head._thread.__dict__["scratch"].values()
-    assert sum(buffer.nbytes for buffer in held) <= torch_head.SCRATCH_BYTES
-
-
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"targets": torch.zeros(N - 1, dtype=torch.long)}, r"targets must have shape \(N,\) = \(37,\), got \(36,\)"),
+        (
+            {"targets": torch.zeros(N - 1, dtype=torch.long)},
+            r"targets must have shape \(N,\) = \(37,\), got \(36,\)",
+        ),
         ({"targets": torch.zeros(N)}, "targets must be int32 or int64"),
         ({"targets": torch.full((N,), V)}, r"targets must lie in \[0, V\) = \[0, 301\), got 301"),
         ({"weight": torch.zeros(V, H + 1)}, r"weight must have shape"),

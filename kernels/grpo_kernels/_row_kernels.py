@@ -7,7 +7,9 @@ arithmetic in float32 whatever is stored. Row offsets are 64-bit: rows times voc
 import triton
 import triton.language as tl
 
-LOG_LIMIT = tl.constexpr(41.0)  # about log 2^59: an exponent beyond has its row redone against the row maximum
+LOG_LIMIT = tl.constexpr(
+    41.0
+)  # about log 2^59: an exponent beyond has its row redone against the row maximum
 LOWEST_BIAS = tl.constexpr(-1e30)  # stands for -inf: its exponential is 0, and 0 · LOWEST_BIAS is no NaN
 
 
@@ -94,13 +96,35 @@ def softmax_rows(
     reference = own_logit
     own_exponent = own_logit * 0.0
     total, spread, highest = _sweep(
-        line, out_line, bias, target, reference, vocabulary, scale, softcap, HAS_BIAS, HAS_SOFTCAP, STORE, BLOCK
+        line,
+        out_line,
+        bias,
+        target,
+        reference,
+        vocabulary,
+        scale,
+        softcap,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        STORE,
+        BLOCK,
     )
     if highest > LOG_LIMIT:
         reference = own_logit + highest
         own_exponent = -highest
         total, spread, highest = _sweep(
-            line, out_line, bias, target, reference, vocabulary, scale, softcap, HAS_BIAS, HAS_SOFTCAP, STORE, BLOCK
+            line,
+            out_line,
+            bias,
+            target,
+            reference,
+            vocabulary,
+            scale,
+            softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            STORE,
+            BLOCK,
         )
     own = tl.exp(own_exponent)
     whole = total + own

@@ -8,9 +8,7 @@ the dW product must wait for the row sums; the exponentials of one chunk are kep
 N tokens, n of a chunk, H hidden size, V vocabulary, E exponentials as in ``kernels/README.md``.
 """
 
-import threading
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +20,6 @@ BLOCK_BYTES = 2 << 20  # one column block
 MOST_ROWS = 1024  # beyond this the products gain nothing and the blocks leave the cache
 LARGEST_SUM = 2.0**60  # a row sum beyond this is redone against the row maximum
 LOWEST_BIAS = -1e30  # stands for -inf: its exponential is 0, and 0 · LOWEST_BIAS is no NaN
-
-_thread = threading.local()
 
 
 def torch_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> HeadOutput:
@@ -51,7 +47,9 @@ def torch_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> H
             if d_hidden is not None:
                 d_hidden[rows] = workspace.grad_hidden(chunk, row_factor)
             if d_weight is not None or d_bias is not None:
-                workspace.add_grad_weight(chunk, row_factor, d_weight, d_bias, beta=0.0 if start == 0 else 1.0)
+                workspace.add_grad_weight(
+                    chunk, row_factor, d_weight, d_bias, beta=0.0 if start == 0 else 1.0
+                )
     return HeadOutput(
         logprobs,
         entropy,
@@ -59,24 +57,6 @@ def torch_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> H
         None if d_weight is None else d_weight.to(head.weight.dtype),
         None if d_bias is None or head.bias is None else d_bias.to(head.bias.dtype),
     )
-
-
-def _scratch(name: str, numel: int, like: dict[str, Any]) -> Tensor:
-    """Uninitialised memory of one use at a time: on the CPU the thread's own, kept from call to call.
-
-    Fresh memory costs the CPU a page fault for each 4 KiB, a tenth of the whole pass at a vocabulary of 50k.
-    What is kept never exceeds SCRATCH_BYTES in all.
-    """
-    if like["device"].type != "cpu":
-        return torch.empty(numel, **like)
-    key = (name, like["dtype"])
-    held: dict[tuple[str, torch.dtype], Tensor] = _thread.__dict__.setdefault("scratch", {})
-    if key not in held or held[key].numel() < numel:
-        total = sum(buffer.nbytes for other, buffer in held.items() if other != key)
-        if total + numel * like["dtype"].itemsize > SCRATCH_BYTES:
-            held.clear()
-        held[key] = torch.empty(numel, **like)
-    return held[key][:numel]
 
 
 @dataclass
@@ -111,8 +91,8 @@ class _Workspace:
         self.blocks = [(v, min(v + block, vocabulary)) for v in range(0, vocabulary, block)]
         columns = vocabulary if self.keeps else block
         like = {"dtype": head.accumulate, "device": head.hidden.device}
-        self.exponentials = _scratch("exponentials", self.rows * columns, like)
-        self.weighted = _scratch("weighted", self.rows * columns, like) if needs.entropy else None
+        self.exponentials = torch.empty(self.rows * columns, **like)
+        self.weighted = torch.empty(self.rows * columns, **like) if needs.entropy else None
         self.temporary = torch.empty(self.rows * block, **like)
         self.bias = (
             None if head.bias is None else head.bias.detach().to(head.accumulate).clamp(min=LOWEST_BIAS)

@@ -48,7 +48,9 @@ def triton_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> 
         chunk = max(part, STORED_BYTES // (hidden.dtype.itemsize * stride) // part * part)
     chunk = min(chunk, max(count, 1))
     logits = torch.empty(min(part, chunk), stride, **real)[:, :vocabulary]
-    stored = torch.empty(chunk if needs else 0, stride, dtype=hidden.dtype, device=hidden.device)[:, :vocabulary]
+    stored = torch.empty(chunk if needs else 0, stride, dtype=hidden.dtype, device=hidden.device)[
+        :, :vocabulary
+    ]
     kernel_options = {
         "HAS_BIAS": head.bias is not None,
         "HAS_SOFTCAP": head.softcap is not None,
