@@ -68,7 +68,7 @@ def _with_gradients(problem: Problem, mode: str, loss_of: Callable[[Tensor, Tens
 
 
 def products(problem: Problem, mode: str) -> Run:
-    """The bare matrix products on preallocated memory: what no implementation that stores no logits can beat."""
+    """The bare matrix products on preallocated memory: a floor for whatever computes the gradients."""
     hidden, weight = problem.hidden, problem.weight
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)

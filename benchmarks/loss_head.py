@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from grpo_fast.run.allocator import keep_freed_memory
-
 from benchmarks.contenders import CONTENDERS, Problem, Run, truth
+from grpo_fast.run.allocator import keep_freed_memory
 
 PRODUCTS = {"trained": 3, "frozen": 2, "forward": 1}
 LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
@@ -117,7 +116,8 @@ def _worker(name: str, spec: dict[str, Any], link: Connection) -> None:
         return
     agrees = all(error <= LARGEST_ERROR[spec["dtype"]] for error in errors)
     link.send({"error": None, "errors": errors, "agrees": agrees if errors else None})
-    # From here as in training: freed memory stays with the process. What is kept from call to call counts as extra.
+    # From here as in training: freed memory stays with the process. What is kept from call to call counts
+    # as extra.
     keep_freed_memory()
     before = _held(device)
     while link.recv() == "go":
@@ -171,7 +171,7 @@ def _record(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> dic
     ratios = {}
     if own is not None:
         ratios = {f"{own}/{name}": median[own] / value for name, value in median.items() if name != own}
-        if "eager" in extra and extra["eager"]:
+        if extra.get("eager"):
             ratios[f"{own}/eager extra memory"] = extra[own] / extra["eager"]
     return {
         "benchmark": "loss_head",
@@ -217,9 +217,8 @@ def _commit() -> str:
 
 def _print_table(record: dict[str, Any]) -> None:
     tokens, width, vocabulary = record["shape"]
-    print(
-        f"loss head, {record['mode']}, N {tokens}, H {width}, V {vocabulary}, {record['dtype']}, {record['device']}"
-    )
+    print(f"loss head, {record['mode']}, {record['dtype']}, {record['device']}")
+    print(f"N {tokens}, H {width}, V {vocabulary}")
     print(f"{'':16}{'median':>10}{'best':>10}{'TFLOP/s':>10}{'extra MiB':>11}  largest error")
     for name, row in record["contenders"].items():
         if row["error"] is not None:

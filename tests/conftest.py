@@ -1,4 +1,4 @@
-"""Set up before any test module is imported: Triton's interpreter where there is no GPU, and poisoned memory."""
+"""Set up before any test module: Triton's interpreter where there is no GPU, and poisoned memory."""
 
 import os
 

@@ -25,7 +25,7 @@ def tensors(
     bias: bool = False,
     spread: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
-    """Leaves [hidden, weight(, bias)] and targets with the first and the last token of the vocabulary in them."""
+    """Leaves [hidden, weight(, bias)], and targets that hold the vocabulary's first and last token."""
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, h, generator=random, dtype=torch.float64)
     weight = torch.randn(v, h, generator=random, dtype=torch.float64) * spread

@@ -1,4 +1,4 @@
-"""group_advantages: the check vector, every mode and scale against the reference, missing and flat rewards."""
+"""group_advantages: check vector, every mode and scale against the reference, missing and flat rewards."""
 
 import pytest
 import torch

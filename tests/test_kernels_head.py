@@ -3,7 +3,6 @@
 import pytest
 import torch
 from grpo_kernels import linear_logprob, reference
-
 from kernel_cases import H, N, V, assert_close, error, exact, named, small_chunks, tensors
 
 BACKENDS = ("torch", "triton")
@@ -196,7 +195,7 @@ def test_bfloat16_head_on_the_cpu():
 
 
 def test_strided_inputs_and_autocast():
-    leaves, targets = tensors(dtype=torch.float32)
+    _, targets = tensors(dtype=torch.float32)
     wide = torch.randn(H, N).t()  # rows not contiguous
     weight = torch.randn(H, V).t()
     true = reference.linear_logprob(wide.double(), weight.double(), targets)

@@ -1,9 +1,8 @@
-"""grpo_loss and linear_grpo_loss: every preset and table row against the float64 reference, gradients included."""
+"""grpo_loss and linear_grpo_loss: every preset and table row against float64, gradients included."""
 
 import pytest
 import torch
 from grpo_kernels import PRESETS, LossConfig, grpo_loss, linear_grpo_loss, linear_logprob, reference
-
 from kernel_cases import N, assert_close, error, exact, named, small_chunks, tensors
 
 CU_SEQLENS = torch.tensor([0, 9, 9, 20, 31, N], dtype=torch.int32)  # one sequence is empty
@@ -206,7 +205,7 @@ def test_metrics():
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].entropy_quantile is None])
 def test_split_of_the_batch_does_not_matter(name):
-    """With the step's normalizer, the micro-batches' gradients add up, wherever the batch is cut by sequence."""
+    """With the step's normalizer, the micro-batches' gradients add up, wherever the batch is cut."""
     leaves, targets, arguments = _batch(torch.float64)
     config = CONFIGS[name]
     whole, _ = linear_grpo_loss(*leaves, targets, ADVANTAGES.double(), config, **arguments)
@@ -270,7 +269,7 @@ def test_nothing_to_learn_from():
 
 
 def test_extreme_ratios_stay_finite():
-    """Log ratios and distances far beyond the clamp: finite loss and gradient, and the KL pulls the right way."""
+    """Log ratios and distances far beyond the clamp stay finite, and the KL pulls the right way."""
     logprobs = torch.tensor([-1.0, -200.0, -5.0, -0.1], requires_grad=True)
     old = torch.tensor([-100.0, -1.0, -5.0, -300.0])
     ref = torch.tensor([-300.0, -0.5, -5.0, -0.1])
@@ -322,7 +321,7 @@ def test_tied_head_adds_to_the_embedding():
         (
             LossConfig(),
             {"advantages": torch.zeros(6)},
-            r"advantages must have shape \(N,\) = \(37,\) or \(S,\) = \(5,\)",
+            r"must have shape \(N,\) = \(37,\) or \(S,\) = \(5,\)",
         ),
     ],
 )

@@ -22,7 +22,7 @@ _announced: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class Head:
-    """z = logit_scale · cap(hidden weightᵀ + bias), cap(x) = softcap · tanh(x / softcap) where softcap is set."""
+    """z = logit_scale · cap(hidden weightᵀ + bias), where cap(x) = softcap · tanh(x / softcap) or x."""
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)

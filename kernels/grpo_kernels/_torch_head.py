@@ -1,9 +1,10 @@
 """The loss head in chunked PyTorch: any device, and the fast path of the CPU.
 
-A chunk of n tokens is worked through in column blocks that stay in cache: product, exponential, row sum and the
-product for dX follow each other while the block is warm. The target-referenced softmax makes that possible: its
-reference, the target's own logit, is known before the first block, so no maximum has to be found first. Only
-the dW product must wait for the row sums; the exponentials of one chunk are kept for it, and nothing else.
+A chunk of n tokens is worked through in column blocks that stay in cache: product, exponential, row sum and
+the product for dX follow each other while the block is warm. The target-referenced softmax makes that
+possible: its reference, the target's own logit, is known before the first block, so no maximum has to be
+found first. Only the dW product must wait for the row sums; the exponentials of one chunk are kept for it,
+and nothing else.
 
 N tokens, n of a chunk, H hidden size, V vocabulary, E exponentials as in ``kernels/README.md``.
 """
@@ -215,7 +216,7 @@ class _Workspace:
         )
 
     def finish(self, chunk: _Chunk, by_logprob: Tensor, by_entropy: Tensor | None) -> Tensor:
-        """Turns the kept exponentials into the loss's derivative by the logits, up to a factor a row: (n,)."""
+        """Turns the kept exponentials into the derivative by the logits, up to a factor a row, (n,)."""
         n = len(chunk.hidden)
         own_value = -chunk.others * chunk.own_slope
         row_factor = -self.head.scale * by_logprob / chunk.total
@@ -258,7 +259,7 @@ class _Workspace:
 
 
 def _put_at_target(block: Tensor, targets: Tensor, first: int, value: Tensor | float) -> None:
-    """Overwrites each row's target column (n, 1) in the block that starts at first, where it lies in the block."""
+    """Overwrites each row's target column (n, 1) where it lies in the block that starts at first."""
     column = targets - first
     here = (column >= 0) & (column < block.shape[1])
     column = column.clamp(0, block.shape[1] - 1)
