@@ -51,7 +51,7 @@ def grpo_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, sequence by sequence. Metrics: tokens, and the means kl and ratio_mean over unmasked tokens."""
+    """The loss, sequence by sequence. Metrics: tokens, and the means kl and ratio_mean over them."""
     count = logprobs.shape[0]
     bounds = [0, count] if cu_seqlens is None else cu_seqlens.tolist()
     mask = torch.ones(count, dtype=torch.bool) if loss_mask is None else loss_mask.cpu().bool()
