@@ -1,0 +1,31 @@
+"""Set-up of every test: Triton's interpreter where there is no GPU, and poisoned memory for the kernels."""
+
+import os
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+import pytest
+
+from grpo_fast.run.allocator import keep_freed_memory
+
+keep_freed_memory()
+fill: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest):
+    """Around kernel tests: new memory holds NaN, so that an element never written is seen."""
+    if not request.node.path.name.startswith("test_kernels"):
+        yield
+        return
+    before = torch.get_deterministic_debug_mode(), fill.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    fill.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.set_deterministic_debug_mode(before[0])
+    fill.fill_uninitialized_memory = before[1]
