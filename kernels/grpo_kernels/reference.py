@@ -115,7 +115,7 @@ def _surrogate(config: LossConfig, lp: Tensor, advantage: Tensor, level: Tensor,
     if config.surrogate == "cispo":
         return -ratio.detach().clamp(max=high) * advantage * lp
     if config.surrogate == "sapo":
-        tau = torch.where(advantage >= 0, config.sapo_tau_pos, config.sapo_tau_neg)
+        tau = torch.where(advantage >= 0, lp.new_full((), config.sapo_tau_pos), config.sapo_tau_neg)
         return -advantage * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     if config.surrogate == "gamma":
         w = log_ratio.detach().sum().clamp(math.log(1e-8), 20).exp()
