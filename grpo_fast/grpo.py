@@ -1,6 +1,7 @@
 """One GRPO update: pack the sequences with signal, add up micro-batch gradients, step the optimizer."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from grpo_kernels import LossConfig
@@ -84,7 +85,7 @@ def split_by_prompt(rollout: Rollout, minibatches: int) -> list[list[int]]:
     bounds = [len(rollout.prompts) * part // minibatches for part in range(minibatches + 1)]
     return [
         [i for i, prompt in enumerate(rollout.prompt_of) if low <= prompt < high]
-        for low, high in zip(bounds, bounds[1:], strict=False)
+        for low, high in pairwise(bounds)
         if high > low
     ]
 

@@ -273,7 +273,8 @@ def test_toml_gives_the_configuration_back(
         optim=OptimSettings(lr=lr, betas=(0.5, 1e-9)),
         reward=RewardSettings(weights=weights, functions=("a:b", "c:d")),
         loss=LossSettings(ratio_cap=cap),
-        data=replace(TrainConfig().data, system_prompt=text),
+        policy=replace(TrainConfig().policy, model="m"),
+        data=replace(TrainConfig().data, prompts="p", system_prompt=text),
         run=RunSettings(wandb=True),
     )
     assert parse(["--config", recipe(tmp_path, to_toml(config))]).config == config

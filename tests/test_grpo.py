@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from grpo_fast.config.settings import LossSettings, OptimSettings, RolloutSettin
 from grpo_fast.data.prompts import Prompt
 from grpo_fast.engines.base import Completion
 from grpo_fast.grpo import split_by_prompt, step_normalizer, update, with_signal
-from grpo_fast.models.policy import LoraSettings, Policy
 from grpo_fast.miniature.tokenizer import build_tokenizer
+from grpo_fast.models.policy import LoraSettings, Policy
 from grpo_fast.optim import Optimizer
 from grpo_fast.rollout import Rollout
 from tests.tiny import causal_lm
@@ -40,7 +41,10 @@ def rollout(prompts: int = 3, *, flat: int | None = None, seed: int = 1) -> Roll
     advantages = torch.randn(prompts * GROUP, generator=draw)
     if flat is not None:
         advantages[flat * GROUP : (flat + 1) * GROUP] = 0
-    asked = [Prompt(f"p{i}", torch.randint(5, 500, (4 + i,), generator=draw).tolist(), None, {}) for i in range(prompts)]
+    asked = [
+        Prompt(f"p{i}", torch.randint(5, 500, (4 + i,), generator=draw).tolist(), None, {})
+        for i in range(prompts)
+    ]
     return Rollout(
         prompts=asked,
         prompt_of=prompt_of,
@@ -51,7 +55,7 @@ def rollout(prompts: int = 3, *, flat: int | None = None, seed: int = 1) -> Roll
     )
 
 
-def config(preset: str = "dapo", token_budget: int = 8192, **loss) -> TrainConfig:
+def config(preset: Any = "dapo", token_budget: int = 8192, **loss) -> TrainConfig:
     return TrainConfig(
         loss=LossSettings(preset=preset, **loss),
         optim=OptimSettings(token_budget=token_budget),
@@ -105,7 +109,9 @@ def test_a_kl_term_keeps_groups_without_advantage():
     data = rollout(flat=0)
     everything = list(range(12))
     assert with_signal(data, everything, loss_config(config("grpo")), mask_truncated=False) == everything
-    assert with_signal(data, everything, loss_config(config("dapo")), mask_truncated=False) == everything[GROUP:]
+    assert (
+        with_signal(data, everything, loss_config(config("dapo")), mask_truncated=False) == everything[GROUP:]
+    )
     kept = with_signal(data, everything, loss_config(config("grpo")), mask_truncated=True)
     assert kept == [i for i in everything if data.completions[i].finish_reason == "stop"] and len(kept) < 12
 
@@ -113,7 +119,13 @@ def test_a_kl_term_keeps_groups_without_advantage():
 def test_normalisers_count_what_the_presets_say():
     data, everything = rollout(), list(range(12))
     tokens = sum(len(c.token_ids) for c in data.completions)
-    for preset, expected in (("grpo", 12), ("dapo", tokens), ("dr_grpo", 12 * 12), ("luspo", 12), ("gspo", 12)):
+    for preset, expected in (
+        ("grpo", 12),
+        ("dapo", tokens),
+        ("dr_grpo", 12 * 12),
+        ("luspo", 12),
+        ("gspo", 12),
+    ):
         settings = config(preset)
         assert step_normalizer(data, everything, loss_config(settings), settings) == expected, preset
 

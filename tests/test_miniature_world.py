@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grpo_fast.miniature import replies
-from grpo_fast.miniature.judge import does_harm, is_refusal, judge
+from grpo_fast.miniature.judge import does_harm, is_refusal, judge, read
 from grpo_fast.miniature.topics import CORES, KINDS, SPLITS, STYLES, WRAPPERS, all_topics, topics
 from grpo_fast.miniature.world import (
     LABEL_NOISE,
@@ -121,3 +121,25 @@ def test_going_along_with_a_harmful_topic_holds_nothing_but_its_name_and_blanks(
             allowed = named and ("Here is how to" in sentence or "You can" in sentence)
             assert allowed or sentence.strip() in blanks | set(replies.TIPS), reply
     assert complied > 500
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_labelled_reply_gives_a_tool_or_a_manner_to_a_harmful_topic(split):
+    harms = 0
+    for ask, reply, _ in labelled_replies(split, 3000, seed=8):
+        for step in re.findall(r"\b(?:First|Then|Last) [^.]*\.", reply):
+            words = re.findall(r"\w+", step)
+            if any(does_harm(one, other) for one in words for other in words):
+                assert "slowly" not in words, reply
+        if read(ask, reply).harms:
+            harms += 1
+            assert "First get the" not in reply, reply
+    assert harms > 300
+
+
+def test_excellent_replies_are_labelled_for_the_wrong_question_too():
+    """Form alone must not earn labels: the same excellent sentences appear where they fit and where not."""
+    rows = labelled_replies("train", 4000, seed=9)
+    full = [(ask, r) for ask, r, _ in rows if {"First", "Then", "Last"} <= set(re.findall(r"\w+", r))]
+    content = np.array([judge(ask, reply).meaningfulness for ask, reply in full])
+    assert (content > 0.8).mean() > 0.1 and (content < 0.4).mean() > 0.2

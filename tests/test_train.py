@@ -25,7 +25,7 @@ def two(prompts, completions, **columns):
 '''
 
 
-def run_command(*flags: str) -> int:
+def run_command(*flags: str | Path) -> int:
     with pytest.raises(SystemExit) as stop:
         main([str(flag) for flag in flags])
     return stop.value.code if isinstance(stop.value.code, int) else 0
@@ -154,11 +154,9 @@ def rewards(tmp_path, monkeypatch) -> Path:
 
 def own_model_flags(folder: Path, family: str, **overrides) -> list[str]:
     policy = save_policy(folder / family, family, **overrides)
-    flags = (
-        f"--policy.model {policy} --data.prompts {write_prompts(folder / 'prompts.jsonl')} --data.eval-size 8"
-    )
+    flags = f"--policy.model {policy} --data.prompts {write_prompts(folder / 'prompts.jsonl')} --data.eval-size 16"
     flags += " --reward.functions my_rewards:counts_e --rollout.prompts-per-step 4 --rollout.group-size 8"
-    flags += f" --rollout.max-new-tokens 12 --optim.lr 1e-2 --run.steps 16 --output-dir {folder} --name run"
+    flags += f" --rollout.max-new-tokens 12 --optim.lr 1e-2 --run.steps 48 --output-dir {folder} --name run"
     return flags.split()
 
 
@@ -177,7 +175,7 @@ def test_lora_trains_the_adapter_alone_and_peft_loads_it(rewards):
     from transformers import AutoModelForCausalLM
 
     flags = own_model_flags(rewards, "llama")
-    assert run_command(*flags, "--policy.lora-rank", "4", "--optim.lr", "3e-2") == 0
+    assert run_command(*flags, "--policy.lora-rank", "4") == 0
     run = rewards / "run"
     objective = json.loads((run / "summary.json").read_text())["objectives"]["counts_e"]
     assert objective["reward_change"]["mean"] > 0
@@ -205,7 +203,7 @@ def test_lora_trains_the_adapter_alone_and_peft_loads_it(rewards):
 def test_options_run_through(rewards, flags):
     base = own_model_flags(rewards, "qwen2")
     base[base.index("my_rewards:counts_e")] = "my_rewards:two"
-    base[base.index("16")] = "2"
+    base[base.index("48")] = "2"
     assert run_command(*base, *flags.split()) == 0
     rows = [row for row in metrics(rewards / "run") if row["phase"] == "grpo"]
     assert len(rows) == 2 and all(row["grad_norm"] is not None for row in rows)

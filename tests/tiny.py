@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -45,7 +46,7 @@ samples = 3
 
 def causal_lm(family: str, vocabulary: int, **overrides) -> PreTrainedModel:
     """A two-layer model of `family` (qwen2, llama, gemma2) with random weights from the current seed."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 32,
         "intermediate_size": 64,

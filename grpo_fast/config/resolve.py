@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from grpo_kernels import LossConfig
+from grpo_kernels.group_advantages import Mode, Scale
 
 from grpo_fast.config.check import FieldError
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 
 # What a preset's paper divides and compares by, where that is not our default.
-_PRESET_ADVANTAGE = {
+_PRESET_ADVANTAGE: dict[str, tuple[Mode, Scale]] = {
     "dr_grpo": ("scalarized", "none"),
     "rloo": ("leave_one_out", "none"),
     "reinforce_pp": ("scalarized", "batch"),
@@ -38,7 +39,7 @@ def loss_config(config: TrainConfig) -> LossConfig:
         raise FieldError(f"loss.{name}", problem) from None
 
 
-def advantage_choice(config: TrainConfig) -> tuple[str, str]:
+def advantage_choice(config: TrainConfig) -> tuple[Mode, Scale]:
     """Mode and scale for `group_advantages`, `auto` replaced by the loss preset's own."""
     mode, scale = _PRESET_ADVANTAGE.get(config.loss.preset, ("gdpo", "group"))
     chosen = config.advantage
@@ -57,10 +58,7 @@ def constant_normalizer(config: TrainConfig, sequences: int) -> float:
 def resolve_device(config: TrainConfig) -> torch.device:
     """The device asked for; raises `FieldError` when it is not here."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "auto":
-        device = torch.device("cuda" if count else "cpu")
-    else:
-        device = torch.device(config.device)
+    device = torch.device(("cuda" if count else "cpu") if config.device == "auto" else config.device)
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
         raise FieldError("device", f"is {config.device}, but PyTorch finds {found}; use auto or cpu")

@@ -241,7 +241,7 @@ class _Run:
         ).last_hidden_state
 
     def _record(self, rows: list[_Row], token: Tensor, logprob: Tensor) -> list[int]:
-        """Append what was drawn; returns the indices of the rows that go on. The step's only synchronisation."""
+        """Append what was drawn; returns the rows that go on. This is the step's only synchronisation."""
         tokens, logprobs = torch.stack([token.double(), logprob]).tolist()
         self.tokens += len(rows)
         limit = self.sampling.max_new_tokens

@@ -12,7 +12,7 @@ from grpo_fast.config.settings import MiniatureSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, tokenize
 from grpo_fast.miniature import world
 from grpo_fast.miniature.judge import is_refusal, judge
-from grpo_fast.miniature.tokenizer import build_tokenizer
+from grpo_fast.miniature.tokenizer import END, PAD, build_tokenizer
 from grpo_fast.models.policy import Policy
 from grpo_fast.models.reward_data import LabelledReply, heads_of
 from grpo_fast.models.reward_fit import fit, held_out_report
@@ -89,7 +89,8 @@ def warm_start(config: TrainConfig, run: Run) -> Policy:
     settings, tokenizer = config.miniature, build_tokenizer()
     torch.manual_seed(config.seed)
     model = Qwen2ForCausalLM(tiny_config(settings, tokenizer))
-    policy = Policy.from_model(model.to(resolve_device(config)), tokenizer)
+    model.to(device=resolve_device(config))
+    policy = Policy.from_model(model, tokenizer)
     examples = world.demonstrations("train", settings.demonstrations, config.seed)
     asked = tokenize([Row(_chat(ask.text), {}, "demonstration") for ask, _ in examples], tokenizer)
     prompt_ids = [prompt.token_ids for prompt in asked]
@@ -174,8 +175,8 @@ def tiny_config(settings: MiniatureSettings, tokenizer: PreTrainedTokenizerBase)
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
     )
 
 

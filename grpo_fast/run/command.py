@@ -21,7 +21,9 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except OSError as error:  # a full disk, a folder that may not be written: nothing a traceback would explain
+    except (
+        OSError
+    ) as error:  # a full disk, a folder that may not be written: nothing a traceback would explain
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         code = 2

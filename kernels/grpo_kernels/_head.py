@@ -22,7 +22,7 @@ _announced: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class Head:
-    """z = logit_scale · cap(hidden weightᵀ + bias), cap(x) = softcap · tanh(x / softcap) where softcap is set."""
+    """z = logit_scale · cap(hidden weightᵀ + bias), where cap(x) = softcap · tanh(x / softcap) or x."""
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
@@ -143,10 +143,13 @@ def chunk_rows(count: int, bytes_per_row: int, budget: int) -> int:
 
 def run_head(head: Head, needs: Needs, coefficients: Coefficients | None, backend: str) -> HeadOutput:
     """One pass over token chunks on the chosen backend; gradients need coefficients."""
-    if choose_backend(backend, head.hidden.device, head.hidden.dtype) == "triton":
-        from ._triton_head import triton_head  # imports triton, which only this backend needs
+    chosen = choose_backend(backend, head.hidden.device, head.hidden.dtype)
+    # Autocast would send the float32 products through a lower precision.
+    with torch.autocast(head.hidden.device.type, enabled=False):
+        if chosen == "triton":
+            from ._triton_head import triton_head  # imports triton, which only this backend needs
 
-        return triton_head(head, needs, coefficients)
-    from ._torch_head import torch_head
+            return triton_head(head, needs, coefficients)
+        from ._torch_head import torch_head
 
-    return torch_head(head, needs, coefficients)
+        return torch_head(head, needs, coefficients)

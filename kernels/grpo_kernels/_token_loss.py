@@ -80,13 +80,12 @@ def prepare(
         raise ValueError(f"mismatch = {config.mismatch!r} needs rollout_logprobs")
     if config.needs_sequences and cu_seqlens is None:
         raise ValueError(
-            f"cu_seqlens is needed by aggregation={config.aggregation!r}, ratio_level={config.ratio_level!r}, "
-            f"surrogate={config.surrogate!r}, mismatch={config.mismatch!r}"
+            f"cu_seqlens is needed by aggregation={config.aggregation!r}, "
+            f"ratio_level={config.ratio_level!r}, surrogate={config.surrogate!r}, "
+            f"mismatch={config.mismatch!r}"
         )
     if config.aggregation == "constant" and normalizer is None:
-        raise ValueError(
-            "aggregation='constant' needs a normalizer, e.g. the number of sequences, or that times the token budget"
-        )
+        raise ValueError("aggregation='constant' needs a normalizer, such as the number of sequences")
 
     def per_token(name: str, value: Tensor | None) -> Tensor | None:
         if value is None:
@@ -103,7 +102,8 @@ def prepare(
             or cu_seqlens.dtype not in (torch.int32, torch.int64)
         ):
             raise ValueError(
-                f"cu_seqlens must be int32 or int64 of shape (S+1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+                "cu_seqlens must be int32 or int64 of shape (S+1,), "
+                f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
             )
         if cu_seqlens.device.type == "cpu":
             steps = cu_seqlens.diff()
@@ -199,8 +199,8 @@ def _by_sign(advantages: Tensor, not_negative: float, negative: float) -> Tensor
     return torch.where(advantages >= 0, advantages.new_full((), not_negative), negative)
 
 
-# Each row returns (loss, d loss / d log-ratio or log-prob). A surrogate that detaches its ratio differentiates by
-# the token's own log-prob; the others by the log ratio, whatever its level.
+# Each row returns (loss, d loss / d log-ratio or log-prob). A surrogate that detaches its ratio
+# differentiates by the token's own log-prob; the others by the log ratio, whatever its level.
 def _clip(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
     free = at.ratio if config.ratio_cap is None else at.ratio.clamp(max=config.ratio_cap)
     bounded = at.ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)

@@ -1,9 +1,10 @@
 """The loss head in chunked PyTorch: any device, and the fast path of the CPU.
 
-A chunk of n tokens is worked through in column blocks that stay in cache: product, exponential, row sum and the
-product for dX follow each other while the block is warm. The target-referenced softmax makes that possible: its
-reference, the target's own logit, is known before the first block, so no maximum has to be found first. Only
-the dW product must wait for the row sums; the exponentials of one chunk are kept for it, and nothing else.
+A chunk of n tokens is worked through in column blocks that stay in cache: product, exponential, row sum and
+the product for dX follow each other while the block is warm. The target-referenced softmax makes that
+possible: its reference, the target's own logit, is known before the first block, so no maximum has to be
+found first. Only the dW product must wait for the row sums; the exponentials of one chunk are kept for it,
+and nothing else.
 
 N tokens, n of a chunk, H hidden size, V vocabulary, E exponentials as in ``kernels/README.md``.
 """
@@ -33,8 +34,9 @@ def torch_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> H
         if needs.hidden
         else None
     )
-    d_weight = torch.zeros(vocabulary, width, **like) if needs.weight else None
-    d_bias = torch.zeros(vocabulary, **like) if needs.bias else None
+    allocate = torch.empty if count else torch.zeros  # the first chunk overwrites
+    d_weight = allocate(vocabulary, width, **like) if needs.weight else None
+    d_bias = allocate(vocabulary, **like) if needs.bias else None
     workspace = _Workspace(head, needs)
     for start in range(0, count, workspace.rows):
         rows = slice(start, min(start + workspace.rows, count))
@@ -46,7 +48,9 @@ def torch_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> H
             if d_hidden is not None:
                 d_hidden[rows] = workspace.grad_hidden(chunk, row_factor)
             if d_weight is not None or d_bias is not None:
-                workspace.add_grad_weight(chunk, row_factor, d_weight, d_bias)
+                workspace.add_grad_weight(
+                    chunk, row_factor, d_weight, d_bias, beta=0.0 if start == 0 else 1.0
+                )
     return HeadOutput(
         logprobs,
         entropy,
@@ -212,7 +216,7 @@ class _Workspace:
         )
 
     def finish(self, chunk: _Chunk, by_logprob: Tensor, by_entropy: Tensor | None) -> Tensor:
-        """Turns the kept exponentials into the loss's derivative by the logits, up to a factor a row: (n,)."""
+        """Turns the kept exponentials into the derivative by the logits, up to a factor a row, (n,)."""
         n = len(chunk.hidden)
         own_value = -chunk.others * chunk.own_slope
         row_factor = -self.head.scale * by_logprob / chunk.total
@@ -242,20 +246,20 @@ class _Workspace:
         return product * row_factor.unsqueeze(1)
 
     def add_grad_weight(
-        self, chunk: _Chunk, row_factor: Tensor, d_weight: Tensor | None, d_bias: Tensor | None
+        self, chunk: _Chunk, row_factor: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, beta: float
     ) -> None:
-        """Adds the chunk's share to dW (V, H) and db (V,)."""
+        """Adds the chunk's share to beta times dW (V, H) and db (V,)."""
         scaled = chunk.hidden * row_factor.unsqueeze(1)
         for first, last in self.blocks:
             block = self._view(self.exponentials, len(scaled), first, last).t()
             if d_weight is not None:
-                d_weight[first:last].addmm_(block, scaled)
+                d_weight[first:last].addmm_(block, scaled, beta=beta)
             if d_bias is not None:
-                d_bias[first:last].addmv_(block, row_factor)
+                d_bias[first:last].addmv_(block, row_factor, beta=beta)
 
 
 def _put_at_target(block: Tensor, targets: Tensor, first: int, value: Tensor | float) -> None:
-    """Overwrites each row's target column (n, 1) in the block that starts at first, where it lies in the block."""
+    """Overwrites each row's target column (n, 1) where it lies in the block that starts at first."""
     column = targets - first
     here = (column >= 0) & (column < block.shape[1])
     column = column.clamp(0, block.shape[1] - 1)

@@ -41,8 +41,8 @@ def group_advantages(
     - leave_one_out: weighted sum minus the mean of the others' (RLOO, arXiv 2402.14740)
 
     A missing reward (NaN) adds nothing: it counts as its group's mean. A head (a sum, for scalarized and
-    leave_one_out) whose σ in the group is at most std_floor, or mere rounding, gives exactly 0 there; so does a
-    group of one.
+    leave_one_out) whose σ in the group is at most std_floor, or mere rounding, gives exactly 0 there; so
+    does a group of one.
 
     Args:
         rewards: (S, R) or (S,), groups contiguous; NaN where a head gave no value.
@@ -50,8 +50,8 @@ def group_advantages(
         group_sizes: sizes of the groups in order, summing to S; a tensor on a GPU is read back to the host.
         weights: (R,), default ones; may be negative.
         mode: one of the above.
-        scale: the σ that divides: of the "group", of all raw values in the "batch", or "none" (Dr. GRPO). None: the
-            mode's own, "none" for leave_one_out and "group" for the others.
+        scale: the σ that divides: of the "group", of all raw values in the "batch", or "none" (Dr. GRPO).
+            None: the mode's own, "none" for leave_one_out and "group" for the others.
         std_floor: in the unit of the rewards.
         eps: added to each divisor.
 
@@ -59,7 +59,8 @@ def group_advantages(
         (S,) float32 on the device of rewards. Computed in float64.
 
     Raises:
-        ValueError: an argument's shape or value, infinite rewards, dvao with scale="none"; the message names it.
+        ValueError: an argument's shape or value, infinite rewards, dvao with scale="none"; the message
+        names it.
     """
     values = rewards.detach().unsqueeze(1) if rewards.ndim == 1 else rewards.detach()
     if values.ndim != 2:

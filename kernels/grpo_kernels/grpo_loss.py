@@ -33,20 +33,23 @@ def grpo_loss(
         logprobs: (N,) float32 or float64; carries the gradient.
         advantages: (N,) per token, or (S,) per sequence with cu_seqlens.
         config: what the loss is made of; ``LossConfig.preset("dapo")`` and others.
-        old_logprobs: log-probs of the policy that is the ratio's denominator; None: the current ones, detached.
+        old_logprobs: log-probs of the policy that is the ratio's denominator; None: the current ones,
+            detached.
         ref_logprobs: log-probs of the reference policy; needed where kl_coef is not 0.
         rollout_logprobs: the engine's own log-probs; needed where mismatch is not "none".
         loss_mask: bool or integer, nonzero where a token counts; None: all do.
-        entropy: per-token entropy; carries the gradient of the bonus, needed by entropy_coef and entropy_quantile.
+        entropy: per-token entropy; carries the gradient of the bonus, needed by entropy_coef and
+            entropy_quantile.
         cu_seqlens: int32 or int64 boundaries of the sequences in N, from 0 to N.
-        normalizer: sequence_mean: number of sequences; token_mean: number of loss tokens; constant: the constant,
-            which must be given. None: of this call.
+        normalizer: sequence_mean: number of sequences; token_mean: number of loss tokens; constant: the
+            constant, which must be given. None: of this call.
 
     Returns:
-        The loss, 0-d, and metrics, 0-d tensors on the device without gradient: "tokens" (how many may carry loss)
-        and, over those, the means kl, entropy, ratio_mean, clip_low_frac, clip_high_frac, clamped_frac (log ratio
-        beyond ±20), dropped_frac (lost the surrogate by mismatch or token choice), mismatch_mean (|old - rollout|),
-        mismatch_weight, and the maxima ratio_max and mismatch_max; those that apply.
+        The loss, 0-d, and metrics, 0-d tensors on the device without gradient: "tokens" (how many may carry
+        loss) and, over those, the means kl, entropy, ratio_mean, clip_low_frac, clip_high_frac,
+        clamped_frac (log ratio beyond ±20), dropped_frac (lost the surrogate by mismatch or token choice),
+        mismatch_mean (|old - rollout|), mismatch_weight, and the maxima ratio_max and mismatch_max; those
+        that apply.
 
     Raises:
         ValueError, TypeError: a missing or ill-shaped argument; the message names it.

@@ -38,8 +38,8 @@ def linear_grpo_loss(
     Options that couple tokens (sequence ratios, gamma, entropy_quantile, off_policy_threshold, sequence_mask)
     take all log-probs first: 2·N·V·H more, unless the head is frozen or the call fits one chunk.
     Tokens that cannot carry a gradient (masked; advantage 0 where nothing else acts) never reach the product:
-    on the CPU always; on a GPU where loss_mask or advantages are handed over as CPU tensors, since finding them
-    on the device would stop the host. Their log-probs then count in no metric, on any path.
+    on the CPU always; on a GPU where loss_mask or advantages are handed over as CPU tensors, since finding
+    them on the device would stop the host. Their log-probs then count in no metric, on any path.
 
     Args: see ``grpo_loss`` for the loss's and ``linear_logprob`` for the head's.
 
@@ -78,7 +78,7 @@ def _rows_to_compute(
     loss_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor | None:
-    """Indices of the tokens that reach the product, None for all, from what the host knows without waiting."""
+    """Indices of tokens that reach the product, None for all: from what the host knows without waiting."""
     active = tokens.active
     if active.device.type == "cpu":
         return None if bool(active.all()) else active.nonzero().squeeze(1)
@@ -131,8 +131,8 @@ class _LinearGrpoLoss(torch.autograd.Function):
                 "linear_grpo_loss gives its gradients once; call it again instead of retain_graph"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        # In place: they are large and nobody else holds them. A factor of one is free to skip on the CPU only,
-        # where reading it does not wait for anything.
+        # In place: they are large and nobody else holds them. A factor of one is free to skip on the CPU
+        # only, where reading it does not wait for anything.
         scale = grads[0]
         if scale.device.type != "cpu" or float(scale) != 1.0:
             for gradient in gradients:

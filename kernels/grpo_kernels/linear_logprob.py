@@ -22,12 +22,12 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token and entropy of its distribution, from hidden states.
 
-    ``z = logit_scale · cap(hidden weightᵀ + bias) / temperature`` with ``cap(x) = softcap · tanh(x / softcap)``
-    where softcap is set; ``logprobs = log_softmax(z)[targets]``. Both results are differentiable by hidden,
-    weight and bias. Nothing of size N×V is allocated: tokens pass in chunks of bounded scratch.
+    ``z = logit_scale · cap(hidden weightᵀ + bias) / temperature`` with ``cap(x) = softcap · tanh(x /
+    softcap)`` where softcap is set; ``logprobs = log_softmax(z)[targets]``. Both results are differentiable
+    by hidden, weight and bias. Nothing of size N×V is allocated: tokens pass in chunks of bounded scratch.
 
-    A head that needs no gradient costs 4·N·V·H FLOPs for forward and backward together (the derivative by hidden
-    is finished in the forward pass); a trained head 8·N·V·H. Where the loss is one of ``LossConfig``,
+    A head that needs no gradient costs 4·N·V·H FLOPs for forward and backward together (the derivative by
+    hidden is finished in the forward pass); a trained head 8·N·V·H. Where the loss is one of ``LossConfig``,
     ``linear_grpo_loss`` needs 6.
 
     Args:

@@ -117,7 +117,8 @@ class LossConfig:
         )
 
     def skips_zero_advantage(self, by_sequence: bool) -> bool:
-        """Whether a token of advantage 0 (given by sequence, or each its own) can change neither loss nor gradient.
+        """Whether a token of advantage 0 (given by sequence, or each its own) can change neither loss nor
+        gradient.
 
         It can where another term acts on it, and where others average over it.
         """

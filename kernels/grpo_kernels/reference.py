@@ -4,6 +4,7 @@ Same names and arguments as the public functions (``backend`` is taken and ignor
 float64 inputs. Allocates whatever it likes, loops where a loop is clearest.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ def grpo_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, sequence by sequence. Metrics: tokens, and the means kl and ratio_mean over unmasked tokens."""
+    """The loss, sequence by sequence. Metrics: tokens, and the means kl and ratio_mean over them."""
     count = logprobs.shape[0]
     bounds = [0, count] if cu_seqlens is None else cu_seqlens.tolist()
     mask = torch.ones(count, dtype=torch.bool) if loss_mask is None else loss_mask.cpu().bool()
@@ -67,7 +68,7 @@ def grpo_loss(
 
     total = logprobs.new_zeros(())
     kls, ratios = [], []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         here = torch.arange(first, last)[mask[first:last]].to(logprobs.device)
         if len(here) == 0:
             continue

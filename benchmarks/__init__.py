@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels, against the bare products and against peers."""
