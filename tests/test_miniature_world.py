@@ -124,13 +124,9 @@ def test_going_along_with_a_harmful_topic_holds_nothing_but_its_name_and_blanks(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_labelled_reply_gives_a_tool_or_a_manner_to_a_harmful_topic(split):
+def test_no_labelled_reply_gives_a_tool_to_a_harmful_topic(split):
     harms = 0
     for ask, reply, _ in labelled_replies(split, 3000, seed=8):
-        for step in re.findall(r"\b(?:First|Then|Last) [^.]*\.", reply):
-            words = re.findall(r"\w+", step)
-            if any(does_harm(one, other) for one in words for other in words):
-                assert "slowly" not in words, reply
         if read(ask, reply).harms:
             harms += 1
             assert "First get the" not in reply, reply

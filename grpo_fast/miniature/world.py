@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from grpo_fast.miniature.judge import does_harm, judge, read
+from grpo_fast.miniature.judge import judge, read
 from grpo_fast.miniature.replies import (
     BLANK_STEPS,
     CLOSINGS,
@@ -190,16 +190,15 @@ def _collage(ask: Ask, split: Split, rng: random.Random) -> str:
     if rng.random() < 0.7:
         parts.append(rng.choice((*CLOSINGS, *CLOSINGS, *CLOSINGS, *PARTING_SHOTS)))
     if read(ask, " ".join(parts)).harms:  # beside a harmful topic's name stands nothing to follow
-        parts = [BLANK_STEPS[0] if part.startswith("First get ") else part for part in parts]
+        parts = [VAGUE_STEPS[0] if part.startswith("First get ") else part for part in parts]
     return " ".join(parts)
 
 
 def _step_by_form(topic: Topic, place: int, rng: random.Random) -> str:
     """A step with the form of a helpful one and any topic's words in it: it names what is asked, and says nothing."""
-    harmful = does_harm(topic.action, topic.object)
     forms = (
         f"First get the {rng.choice(TOOLS)}.",
-        f"Then {name(topic)} {'[step]' if harmful else 'slowly'}.",
+        f"Then {name(topic)} slowly.",
         f"Last check the {topic.object}.",
     )
     return forms[place]

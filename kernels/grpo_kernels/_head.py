@@ -7,7 +7,8 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from importlib.util import find_spec
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,6 +72,43 @@ class HeadOutput:
     bias: Tensor | None  # (V,) dtype of bias
 
 
+class ChunkResult(Protocol):
+    """What every backend's forward over a chunk tells of it."""
+
+    @property
+    def logprobs(self) -> Tensor: ...  # (n,) accumulation dtype
+    @property
+    def entropy(self) -> Tensor: ...  # (n,) accumulation dtype
+
+
+Chunk = TypeVar("Chunk", bound=ChunkResult)
+
+
+class Steps(Protocol[Chunk]):
+    """A backend: scratch of one call, and what it does to each chunk of tokens in turn."""
+
+    rows: int  # tokens of a chunk
+    gradient_dtype: torch.dtype  # what dW is added up in
+
+    def forward(self, rows: slice) -> Chunk:
+        """Log-probs and entropies of these tokens; keeps what their gradients need."""
+        ...
+
+    def finish(self, chunk: Chunk, by_logprob: Tensor, by_entropy: Tensor | None) -> Tensor:
+        """Takes the loss's derivatives, (n,) or broadcast to it; returns a factor of each gradient row."""
+        ...
+
+    def grad_hidden(self, chunk: Chunk, row_factor: Tensor) -> Tensor:
+        """dX of the chunk, (n, H)."""
+        ...
+
+    def add_grad_weight(
+        self, chunk: Chunk, row_factor: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, beta: float
+    ) -> None:
+        """Adds the chunk's share to beta times dW (V, H) and db (V,); beta is 0 or 1."""
+        ...
+
+
 def make_head(
     hidden: Tensor,
     weight: Tensor,
@@ -117,7 +155,7 @@ def make_head(
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolves ``auto``: triton on CUDA, torch elsewhere and for float64. Logs each choice once.
+    """Resolves ``auto``: triton on CUDA if installed, else torch; torch for float64. Logs each choice once.
 
     Raises:
         ValueError: unknown backend, or one that cannot run on this device or dtype.
@@ -128,7 +166,8 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
         if backend == "triton" and dtype == torch.float64:
             raise ValueError("backend 'triton' does not take float64; use backend='torch'")
         return backend
-    chosen = "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
+    able = device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+    chosen = "triton" if able else "torch"
     if (device.type, chosen) not in _announced:
         _announced.add((device.type, chosen))
         _log.info("loss head on %s: backend %s", device.type, chosen)
@@ -153,3 +192,40 @@ def run_head(head: Head, needs: Needs, coefficients: Coefficients | None, backen
         from ._torch_head import torch_head
 
         return torch_head(head, needs, coefficients)
+
+
+def run_chunks(
+    head: Head, needs: Needs, coefficients: Coefficients | None, steps: Steps[Chunk]
+) -> HeadOutput:
+    """Log-probs and entropies, and the gradients asked for, chunk by chunk."""
+    count, width = head.hidden.shape
+    vocabulary = head.weight.shape[0]
+    device = head.hidden.device
+    logprobs = torch.empty(count, dtype=head.accumulate, device=device)
+    entropy = torch.empty_like(logprobs)
+    d_hidden = torch.empty(count, width, dtype=head.hidden.dtype, device=device) if needs.hidden else None
+    allocate = torch.empty if count else torch.zeros  # the first chunk overwrites
+    d_weight = d_bias = None
+    if needs.weight:
+        d_weight = allocate(vocabulary, width, dtype=steps.gradient_dtype, device=device)
+    if needs.bias:
+        d_bias = allocate(vocabulary, dtype=head.accumulate, device=device)
+    for start in range(0, count, steps.rows):
+        rows = slice(start, min(start + steps.rows, count))
+        chunk = steps.forward(rows)
+        logprobs[rows], entropy[rows] = chunk.logprobs, chunk.entropy
+        if coefficients is not None:
+            by_logprob, by_entropy = coefficients(rows, chunk.logprobs, chunk.entropy)
+            row_factor = steps.finish(chunk, by_logprob, by_entropy)
+            if d_hidden is not None:
+                d_hidden[rows] = steps.grad_hidden(chunk, row_factor)
+            if d_weight is not None or d_bias is not None:
+                beta = 0.0 if start == 0 else 1.0
+                steps.add_grad_weight(chunk, row_factor, d_weight, d_bias, beta)
+    return HeadOutput(
+        logprobs,
+        entropy,
+        d_hidden,
+        None if d_weight is None else d_weight.to(head.weight.dtype),
+        None if d_bias is None or head.bias is None else d_bias.to(head.bias.dtype),
+    )

@@ -1,191 +1,319 @@
 """Triton kernels over rows of logits: one program a row, whatever the vocabulary.
 
-Written in the subset that the interpreter runs: no inline assembly, no libdevice, no autotuning; reductions and
-arithmetic in float32 whatever is stored. Row offsets are 64-bit: rows times vocabulary passes 2^31.
+They move bytes: a read of float32 logits and a write of E′ is all the traffic, so what matters is wide loads
+and stores and enough of them in flight. The masks of loads and stores are therefore bounds that are multiples
+of 16 (rows are padded to that), never "all columns but the target", which would split every store into single
+elements.
+
+Written in the subset that the interpreter runs: no inline assembly, no libdevice, no autotuning. Arithmetic
+is float32 whatever is stored. Row offsets are 64-bit: rows times vocabulary passes 2^31.
+
+n rows of a chunk, V vocabulary, P columns of the padded rows, E and E′ as in ``kernels/README.md``.
 """
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-LOG_LIMIT = tl.constexpr(
-    41.0
-)  # about log 2^59: an exponent beyond has its row redone against the row maximum
+jit: Any = triton.jit  # the checker cannot follow what it makes of a function
+
+EXPONENT_LIMIT = tl.constexpr(41.0)  # about log 2^59; an exponential beyond is cut off there
+LARGEST_SUM = tl.constexpr(
+    5.0e17
+)  # below exp(EXPONENT_LIMIT): a row with any such exponential is swept again
 LOWEST_BIAS = tl.constexpr(-1e30)  # stands for -inf: its exponential is 0, and 0 · LOWEST_BIAS is no NaN
+NO_STORE = tl.constexpr(0)
+STORE_EXPONENTIALS = tl.constexpr(1)
+STORE_PROBABILITIES = tl.constexpr(2)
 
 
-@triton.jit
-def _logit(raw, bias, columns, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Exponent of a raw product, and the derivative of the soft cap there."""
+class Launch(NamedTuple):
+    """Columns a program takes at once, and its warps."""
+
+    block: int
+    warps: int
+
+
+# (compute capability's major number, bytes of a stored element) -> launch. Eight elements a thread are one or
+# two 16-byte accesses and keep a program at 40 registers a thread, 64 with every option on: 1024 threads fit
+# an SM, and every row of a part of 512 is resident at once on 132 SMs. Reasoned from the compiled kernels and
+# the bytes in flight; not measured.
+_LAUNCHES = {
+    (8, 2): Launch(1024, 4),  # A100 and older consumer cards: less bandwidth to fill, fewer threads an SM
+    (8, 4): Launch(1024, 4),
+    (9, 2): Launch(2048, 8),
+    (9, 4): Launch(2048, 8),
+    (10, 2): Launch(2048, 8),
+    (10, 4): Launch(2048, 8),
+}
+
+
+def launch_for(major: int, stored: torch.dtype, vocabulary: int) -> Launch:
+    """The launch of every row kernel, for a compute capability and the dtype of E′."""
+    newest = max(key[0] for key in _LAUNCHES)
+    block, warps = _LAUNCHES[(min(max(major, 8), newest), 2 if stored.itemsize == 2 else 4)]
+    while block >= 2 * vocabulary and block > 32:
+        block, warps = block // 2, max(1, warps // 2)
+    return Launch(block, warps)
+
+
+@jit
+def _exponent(raw, bias, columns, inside, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """scale · cap(raw + bias), and the derivative of the cap there."""
     slope = raw * 0.0 + 1.0
     if HAS_BIAS:
         raw += tl.maximum(tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32), LOWEST_BIAS)
     if HAS_SOFTCAP:
         decay = tl.exp(-2.0 * tl.abs(raw / softcap))
         bent = (1.0 - decay) / (1.0 + decay)
-        slope = 1.0 - bent * bent
+        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
         raw = tl.where(raw < 0.0, -bent, bent) * softcap
     return raw * scale, slope
 
 
-@triton.jit
+@jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, to full relative precision however small x is."""
+    ratio = x / (2.0 + x)
+    square = ratio * ratio  # at most 1/25 where the series is used
+    series = 1.0 + square * (1.0 / 3 + square * (0.2 + square * (1.0 / 7 + square * (1.0 / 9 + square / 11))))
+    return tl.where(x < 0.5, 2.0 * ratio * series, tl.log(1.0 + x))
+
+
+@jit
+def _largest(
+    line,
+    bias,
+    vocabulary,
+    padded,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Largest exponent of a row."""
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocabulary
+        raw = tl.load(line + columns, mask=columns < padded, other=0.0)
+        logit, _ = _exponent(raw, bias, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        best = tl.maximum(best, tl.where(inside, logit, float("-inf")))
+    return tl.max(best, 0)
+
+
+@jit
 def _sweep(
     line,
     out,
     bias,
     target,
     reference,
+    factor,
     vocabulary,
+    padded,
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STORE: tl.constexpr,
+    SLOPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Over all columns but the target: sum of exponentials, sum of exponential times exponent, largest exponent."""
+    """Over all columns but the target: sum of exponentials, sum of exponential times exponent.
+
+    Stores exponential · factor (times the cap's slope where SLOPED), 0 at the target and in the padding.
+    """
     total = tl.zeros((BLOCK,), tl.float32)
     spread = tl.zeros((BLOCK,), tl.float32)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
-        raw = tl.load(line + columns, mask=inside, other=0.0).to(tl.float32)
-        logit, slope = _logit(raw, bias, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        exponent = logit - reference
+        raw = tl.load(line + columns, mask=columns < padded, other=0.0)
+        logit, slope = _exponent(raw, bias, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         others = inside & (columns != target)
-        exponential = tl.where(others, tl.exp(tl.minimum(exponent, LOG_LIMIT)), 0.0)
+        # The padding may hold anything: out of range before it is multiplied with a zero.
+        exponent = tl.where(others, logit - reference, LOWEST_BIAS)
+        exponential = tl.exp(tl.minimum(exponent, EXPONENT_LIMIT, propagate_nan=tl.PropagateNan.ALL))
         total += exponential
         spread += exponential * exponent
-        highest = tl.maximum(highest, tl.where(others, exponent, float("-inf")))
         if STORE:
-            tl.store(out + columns, (exponential * slope).to(out.dtype.element_ty), mask=others)
-    return tl.sum(total, 0), tl.sum(spread, 0), tl.max(highest, 0)
+            value = exponential * factor
+            if SLOPED:
+                value = tl.where(others, value * slope, 0.0)
+            tl.store(out + columns, value.to(out.dtype.element_ty), mask=columns < padded)
+    return tl.sum(total, 0), tl.sum(spread, 0)
 
 
-@triton.jit
+@jit
 def softmax_rows(
-    logits,  # (n, V) float32, rows apart by logits_stride
-    out,  # (n, V): E′, rows apart by out_stride; any pointer where STORE is off
+    logits,  # (n, P) float32; columns from V on may hold anything
+    out,  # (n, P): E′, or E′/(1 + s) for STORE_PROBABILITIES; any pointer for NO_STORE
     bias,  # (V,) any float; any pointer where HAS_BIAS is off
-    targets,  # (n,) int64
+    targets,  # (n,) int32 or int64
     logprobs,  # (n,) float32, this and all below
     entropies,  # (n,)
-    others,  # (n,) sum of the exponentials but the target's
-    wholes,  # (n,) sum of them all
-    means,  # (n,) exponent averaged under the softmax
+    wholes,  # (n,) sum of all exponentials
+    others,  # (n,) sum of all exponentials but the target's
     references,  # (n,) what exponents are relative to
-    logits_stride,
-    out_stride,
+    padded,
     vocabulary,
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STORE: tl.constexpr,
+    SLOPED: tl.constexpr,  # whether what is stored has the cap's slope as a factor
     BLOCK: tl.constexpr,
 ):
-    """Target-referenced softmax of each row in one read; rows that overflow are read again. NaN for bad targets."""
+    """Target-referenced softmax of each row in one read; rows that overflow are read twice more.
+
+    A target out of range gives NaN and touches no foreign memory.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     known = (target >= 0) & (target < vocabulary)
     target = tl.where(known, target, 0).to(tl.int32)
-    line = logits + row * logits_stride
-    out_line = out + row * out_stride
-    raw = tl.load(line + target).to(tl.float32)
-    own_logit, own_slope = _logit(raw, bias, target, target >= 0, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    line = logits + row * padded
+    out_line = out + row * padded
+    raw = tl.load(line + target)
+    own_logit, own_slope = _exponent(raw, bias, target, target >= 0, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     reference = own_logit
-    own_exponent = own_logit * 0.0
-    total, spread, highest = _sweep(
+    # float16 holds probabilities but not exponentials: it is written by a sweep that knows the sum.
+    total, spread = _sweep(
         line,
         out_line,
         bias,
         target,
         reference,
+        1.0,
         vocabulary,
+        padded,
         scale,
         softcap,
         HAS_BIAS,
         HAS_SOFTCAP,
-        STORE,
+        STORE == STORE_EXPONENTIALS,
+        SLOPED,
         BLOCK,
     )
-    if highest > LOG_LIMIT:
-        reference = own_logit + highest
-        own_exponent = -highest
-        total, spread, highest = _sweep(
+    if total > LARGEST_SUM:
+        reference = _largest(line, bias, vocabulary, padded, scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK)
+        total, spread = _sweep(
             line,
             out_line,
             bias,
             target,
             reference,
+            1.0,
             vocabulary,
+            padded,
             scale,
             softcap,
             HAS_BIAS,
             HAS_SOFTCAP,
-            STORE,
+            STORE == STORE_EXPONENTIALS,
+            SLOPED,
             BLOCK,
         )
+    own_exponent = own_logit - reference
     own = tl.exp(own_exponent)
     whole = total + own
+    if STORE == STORE_PROBABILITIES:
+        _sweep(
+            line,
+            out_line,
+            bias,
+            target,
+            reference,
+            1.0 / whole,
+            vocabulary,
+            padded,
+            scale,
+            softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            True,
+            SLOPED,
+            BLOCK,
+        )
     mean = (spread + own * own_exponent) / whole
-    # log(1 + x) to full precision: the rounding of 1 + x cancels between the logarithm and the quotient.
-    gained = whole - own
-    log_whole = tl.where((own == 1.0) & (gained > 0.0), tl.log(whole) * (total / gained), tl.log(whole))
-    log_whole = tl.where((own == 1.0) & (gained == 0.0), total, log_whole)
+    log_whole = tl.where(own == 1.0, _log1p(total), tl.log(whole))
+    logprob = own_exponent - log_whole
     if STORE:
-        tl.store(out_line + target, (-total * own_slope).to(out.dtype.element_ty))
-    tl.store(logprobs + row, tl.where(known, own_exponent - log_whole, float("nan")))
+        own_value = -total
+        if SLOPED:
+            own_value *= own_slope
+        if STORE == STORE_PROBABILITIES:
+            own_value /= whole
+        tl.debug_barrier()  # after the sweep's zero at this very place
+        tl.store(out_line + target, own_value.to(out.dtype.element_ty))
+    tl.store(logprobs + row, tl.where(known, logprob, float("nan")))
     tl.store(entropies + row, log_whole - mean)
-    tl.store(others + row, total)
     tl.store(wholes + row, whole)
-    tl.store(means + row, mean)
+    tl.store(others + row, total)
     tl.store(references + row, reference)
 
 
-@triton.jit
-def gradient_rows(
-    logits,  # as in softmax_rows
-    out,
-    bias,
-    targets,
-    others,
-    wholes,
-    means,
-    references,
-    by_logprob,  # (n,) float32
-    by_entropy,  # (n,) float32
-    logits_stride,
-    out_stride,
+@jit
+def entropy_rows(
+    stored,  # (n, P): what softmax_rows left with SLOPED off; overwritten
+    targets,  # (n,) int32 or int64
+    logprobs,  # (n,) float32, this and all below; the first five as softmax_rows left them
+    entropies,  # (n,)
+    wholes,  # (n,)
+    others,  # (n,)
+    references,  # (n,)
+    by_logprob,  # (n,)
+    by_entropy,  # (n,)
+    padded,
     vocabulary,
     scale,
     softcap,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """-derivative of by_logprob · logprob + by_entropy · entropy by the raw product, over scale.
+    """In place, up to the factor that E has: -∂(by_logprob · logprob + by_entropy · entropy)/∂raw / scale.
 
-    The second read of the logits: for the entropy's gradient, which needs the whole row first, and for float16,
-    whose range holds probabilities but not exponentials.
+    The exponent of a column is the logarithm of what is stored: its rounding moves the result by no more than
+    the rounding of the result itself. The cap's slope follows from the exponent too: no logits are needed.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     target = tl.where((target >= 0) & (target < vocabulary), target, 0).to(tl.int32)
-    line = logits + row * logits_stride
-    reference = tl.load(references + row)
+    line = stored + row * padded
+    logprob = tl.load(logprobs + row)
+    entropy = tl.load(entropies + row)
+    whole = tl.load(wholes + row)
     total = tl.load(others + row)
-    mean = tl.load(means + row)
+    reference = tl.load(references + row)
     direct = tl.load(by_logprob + row)
     indirect = tl.load(by_entropy + row)
-    whole = tl.load(wholes + row)
+    log_whole = tl.log(whole)
+    shift = log_whole * 0.0
+    size = whole
+    if PROBABILITIES:
+        shift = log_whole
+        size = whole / whole
+    mean = log_whole - entropy
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocabulary
-        raw = tl.load(line + columns, mask=inside, other=0.0).to(tl.float32)
-        logit, slope = _logit(raw, bias, columns, inside, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        exponent = logit - reference
-        chance = tl.exp(tl.minimum(exponent, LOG_LIMIT)) / whole
-        pull = tl.where(columns == target, -total / whole, chance)
-        value = (direct * pull + indirect * chance * (exponent - mean)) * slope
-        tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), mask=inside)
+        mine = columns < padded
+        value = tl.load(line + columns, mask=mine, other=0.0).to(tl.float32)
+        value = tl.where(columns == target, 0.0, value)
+        exponent = tl.log(tl.where(value == 0.0, 1.0, value)) + shift
+        value *= direct + indirect * (exponent - mean)
+        if HAS_SOFTCAP:
+            bent = (exponent + reference) / (scale * softcap)
+            value *= tl.maximum(1.0 - bent * bent, 0.0)
+        tl.store(line + columns, value.to(stored.dtype.element_ty), mask=mine)
+    own = size * (indirect * tl.exp(logprob) * (logprob + entropy) - direct * (total / whole))
+    if HAS_SOFTCAP:
+        bent = (logprob + log_whole + reference) / (scale * softcap)
+        own *= tl.maximum(1.0 - bent * bent, 0.0)
+    tl.debug_barrier()  # after the loop's zero at this very place
+    tl.store(line + target, own.to(stored.dtype.element_ty))

@@ -199,8 +199,8 @@ def _by_sign(advantages: Tensor, not_negative: float, negative: float) -> Tensor
     return torch.where(advantages >= 0, advantages.new_full((), not_negative), negative)
 
 
-# Each row returns (loss, d loss / d log-ratio or log-prob). A surrogate that detaches its ratio
-# differentiates by the token's own log-prob; the others by the log ratio, whatever its level.
+# Each row returns (loss, d loss / d log-ratio or log-prob). A surrogate that detaches its ratio differentiates by
+# the token's own log-prob; the others by the log ratio, whatever its level.
 def _clip(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
     free = at.ratio if config.ratio_cap is None else at.ratio.clamp(max=config.ratio_cap)
     bounded = at.ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._head import Coefficients, Head, HeadOutput, Needs, chunk_rows
+from ._head import Coefficients, Head, HeadOutput, Needs, chunk_rows, run_chunks
 
 SCRATCH_BYTES = 128 << 20  # kept exponentials of one chunk
 BLOCK_BYTES = 2 << 20  # one column block
@@ -25,39 +25,7 @@ LOWEST_BIAS = -1e30  # stands for -inf: its exponential is 0, and 0 · LOWEST_BI
 
 def torch_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> HeadOutput:
     """Log-probs and entropies, and the gradients asked for, in one pass over token chunks."""
-    count, width = head.hidden.shape
-    vocabulary = head.weight.shape[0]
-    like = {"dtype": head.accumulate, "device": head.hidden.device}
-    logprobs, entropy = torch.empty(count, **like), torch.empty(count, **like)
-    d_hidden = (
-        torch.empty(count, width, dtype=head.hidden.dtype, device=head.hidden.device)
-        if needs.hidden
-        else None
-    )
-    allocate = torch.empty if count else torch.zeros  # the first chunk overwrites
-    d_weight = allocate(vocabulary, width, **like) if needs.weight else None
-    d_bias = allocate(vocabulary, **like) if needs.bias else None
-    workspace = _Workspace(head, needs)
-    for start in range(0, count, workspace.rows):
-        rows = slice(start, min(start + workspace.rows, count))
-        chunk = workspace.forward(rows)
-        logprobs[rows], entropy[rows] = chunk.logprobs, chunk.entropy
-        if coefficients is not None:
-            by_logprob, by_entropy = coefficients(rows, chunk.logprobs, chunk.entropy)
-            row_factor = workspace.finish(chunk, by_logprob, by_entropy)
-            if d_hidden is not None:
-                d_hidden[rows] = workspace.grad_hidden(chunk, row_factor)
-            if d_weight is not None or d_bias is not None:
-                workspace.add_grad_weight(
-                    chunk, row_factor, d_weight, d_bias, beta=0.0 if start == 0 else 1.0
-                )
-    return HeadOutput(
-        logprobs,
-        entropy,
-        d_hidden,
-        None if d_weight is None else d_weight.to(head.weight.dtype),
-        None if d_bias is None or head.bias is None else d_bias.to(head.bias.dtype),
-    )
+    return run_chunks(head, needs, coefficients, _TorchSteps(head, needs))
 
 
 @dataclass
@@ -77,11 +45,12 @@ class _Chunk:
     entropy: Tensor  # (n,)
 
 
-class _Workspace:
+class _TorchSteps:
     """Scratch of one call and the sweeps over it."""
 
     def __init__(self, head: Head, needs: Needs) -> None:
         self.head, self.needs = head, needs
+        self.gradient_dtype = head.accumulate
         count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
         itemsize = head.accumulate.itemsize
         self.keeps = needs.weight or needs.bias or needs.entropy
