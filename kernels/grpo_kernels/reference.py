@@ -225,7 +225,9 @@ def group_advantages(
             piece += w[k] * off.nan_to_num() / divisor
         pieces.append(piece)
     result = torch.cat(pieces)
-    return (result / (result.std() + eps) if mode == "gdpo" and count > 1 else result).float()
+    if mode == "gdpo" and count > 1:
+        result = (result / (result.std() + eps)).nan_to_num()  # 0/0 where eps is 0 and every group is flat
+    return result.float()
 
 
 def _weighted_sum(group: Tensor, w: list[float]) -> Tensor:

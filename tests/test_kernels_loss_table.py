@@ -40,7 +40,7 @@ def test_loss_and_gradients(function, config: LossConfig, batch: Batch):
     advantages = torch.tensor(batch.advantages, dtype=torch.float64)
     loss, metrics = function(logprobs, advantages, config, normalizer=normalizer_of(config), **keywords)
     assert loss.ndim == 0 and loss.item() == pytest.approx(truth.loss, rel=1e-12)
-    close = {"rtol": 1e-10, "atol": 1e-14}
+    close: Any = {"rtol": 1e-10, "atol": 1e-14}
     torch.testing.assert_close(
         gradient(loss, logprobs), torch.tensor(truth.by_logprob, dtype=torch.float64), **close
     )
@@ -77,7 +77,7 @@ def test_the_table_is_exercised(batch: Batch):
         ("ratio-cap", {"ratio_cap": None}),
         ("dual-clip", {"dual_clip": None}),
         ("sequence-dual-clip", {"dual_clip": None}),
-        ("sequence-dual-clip", {"ratio_cap": None}),
+        ("sequence-ratio-cap", {"ratio_cap": None}),
     ):
         assert loss_oracle(LOSSES[name], batch).loss != loss_oracle(replace(LOSSES[name], **free), batch).loss
 
