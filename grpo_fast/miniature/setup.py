@@ -89,8 +89,7 @@ def warm_start(config: TrainConfig, run: Run) -> Policy:
     settings, tokenizer = config.miniature, build_tokenizer()
     torch.manual_seed(config.seed)
     model = Qwen2ForCausalLM(tiny_config(settings, tokenizer))
-    model.to(device=resolve_device(config))
-    policy = Policy.from_model(model, tokenizer)
+    policy = Policy.from_model(model, tokenizer).to(resolve_device(config))
     examples = world.demonstrations("train", settings.demonstrations, config.seed)
     asked = tokenize([Row(_chat(ask.text), {}, "demonstration") for ask, _ in examples], tokenizer)
     prompt_ids = [prompt.token_ids for prompt in asked]
@@ -165,6 +164,7 @@ def labelled(split: world.Split, n: int, seed: int) -> list[LabelledReply]:
 
 def tiny_config(settings: MiniatureSettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
     """A Qwen2 architecture of the miniature's size."""
+    end, pad = (tokenizer.get_vocab()[token] for token in (END, PAD))
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -175,8 +175,8 @@ def tiny_config(settings: MiniatureSettings, tokenizer: PreTrainedTokenizerBase)
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=end,
+        pad_token_id=pad,
     )
 
 
