@@ -139,7 +139,7 @@ def test_adversarial_rows(backend, name):
         found = linear_logprob(*leaves, targets, bias=bias, backend=backend)
         gradients = [torch.autograd.grad(part.sum(), leaves, retain_graph=True) for part in found]
     true = reference.linear_logprob(*true_leaves, targets, bias=bias.double())
-    largest = float((true_leaves[0] @ true_leaves[1].t() + bias.clamp(min=-1e3)).abs().max())
+    largest = (true_leaves[0] @ true_leaves[1].t() + bias.clamp(min=-1e3)).abs().max().item()
     for a, b in zip(found, true, strict=True):
         assert torch.allclose(a.double(), b, atol=1e-6 * max(1.0, largest), rtol=1e-6), name
     for which, expected in enumerate(true):
