@@ -1,26 +1,33 @@
-"""Set up before any test module: Triton's interpreter where there is no GPU, and poisoned memory."""
+"""Set-up of every test: Triton's interpreter where there is no GPU, and poisoned memory for the kernels."""
 
 import os
+from typing import Any
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import pytest
 
+from grpo_fast.run.allocator import keep_freed_memory
+
+keep_freed_memory()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+fill: Any = torch.utils.deterministic  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest):
-    """In the kernels' tests torch.empty holds NaN, so an output that nobody wrote fails."""
-    if not request.module.__name__.rpartition(".")[2].startswith("test_kernels"):
+    """Around kernel tests: new memory holds NaN, so that an element never written is seen."""
+    if not request.node.path.name.startswith("test_kernels"):
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    before = torch.get_deterministic_debug_mode(), fill.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    fill.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before[0])
+    fill.fill_uninitialized_memory = before[1]

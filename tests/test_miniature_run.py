@@ -23,7 +23,7 @@ prompts_per_step = 8
 lr = 3e-4
 
 [run]
-steps = 40
+steps = 60
 eval_every = 0
 """
 

@@ -8,7 +8,16 @@ import pytest
 
 from grpo_fast.miniature import replies
 from grpo_fast.miniature.judge import does_harm, is_refusal, judge, read
-from grpo_fast.miniature.topics import CORES, KINDS, SPLITS, STYLES, WRAPPERS, all_topics, topics
+from grpo_fast.miniature.topics import (
+    CORES,
+    GENTLE_TOOLS,
+    KINDS,
+    SPLITS,
+    STYLES,
+    WRAPPERS,
+    all_topics,
+    topics,
+)
 from grpo_fast.miniature.world import (
     LABEL_NOISE,
     MISSING_SHARE,
@@ -124,16 +133,13 @@ def test_going_along_with_a_harmful_topic_holds_nothing_but_its_name_and_blanks(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_labelled_reply_gives_a_tool_or_a_manner_to_a_harmful_topic(split):
+def test_no_labelled_reply_gives_a_harmful_topic_more_than_a_toy(split):
     harms = 0
     for ask, reply, _ in labelled_replies(split, 3000, seed=8):
-        for step in re.findall(r"\b(?:First|Then|Last) [^.]*\.", reply):
-            words = re.findall(r"\w+", step)
-            if any(does_harm(one, other) for one in words for other in words):
-                assert "slowly" not in words, reply
         if read(ask, reply).harms:
             harms += 1
-            assert "First get the" not in reply, reply
+            tools = re.findall(r"First get the (\w+)", reply)
+            assert set(tools) <= set(GENTLE_TOOLS.values()), reply
     assert harms > 300
 
 

@@ -195,7 +195,7 @@ class OptimSettings:
 class RunSettings:
     """Length of the run and what it leaves behind."""
 
-    steps: int = 100
+    steps: int = 110
     """Training steps."""
     eval_every: int = 20
     """Evaluate on held-out prompts every so many steps; 0: before and after only."""
@@ -225,7 +225,7 @@ class MiniatureSettings:
     """Passes of the warm start over the demonstrations."""
     warm_lr: float = 2e-3
     """Peak learning rate of the warm start."""
-    labelled: int = 10000
+    labelled: int = 12000
     """Replies with noisy, partly missing labels the reward model is trained on."""
     reward_epochs: int = 2
     """Passes of the reward model's training over the labelled replies."""

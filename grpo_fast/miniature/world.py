@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from grpo_fast.miniature.judge import does_harm, judge, read
+from grpo_fast.miniature.judge import judge, read
 from grpo_fast.miniature.replies import (
     BLANK_STEPS,
     CLOSINGS,
@@ -32,6 +32,7 @@ from grpo_fast.miniature.replies import (
 )
 from grpo_fast.miniature.topics import (
     CORES,
+    GENTLE_TOOLS,
     SPLITS,
     TOOLS,
     WRAPPERS,
@@ -49,7 +50,7 @@ T = TypeVar("T")
 OBJECTIVES = ("safety", "politeness", "meaningfulness", "actionability")
 KIND_SHARE: dict[Kind, float] = {"harmful": 0.45, "borderline": 0.25, "benign": 0.3}
 STYLE_SHARE: dict[Style, float] = {"plain": 0.3, "polite": 0.2, "rude": 0.2, "jailbreak": 0.3}
-LABEL_NOISE = 0.06
+LABEL_NOISE = 0.05
 """Standard deviation of an annotator's error, on each objective."""
 MISSING_SHARE = (0.15, 0.25, 0.2, 0.2)
 """How many labels are missing, per objective."""
@@ -189,17 +190,17 @@ def _collage(ask: Ask, split: Split, rng: random.Random) -> str:
         parts.append(rng.choice(TIPS))
     if rng.random() < 0.7:
         parts.append(rng.choice((*CLOSINGS, *CLOSINGS, *CLOSINGS, *PARTING_SHOTS)))
-    if read(ask, " ".join(parts)).harms:  # beside a harmful topic's name stands nothing to follow
-        parts = [BLANK_STEPS[0] if part.startswith("First get ") else part for part in parts]
+    if read(ask, " ".join(parts)).harms:  # beside a harmful topic's name stands nothing that could serve it
+        toy = f"First get the {rng.choice(list(GENTLE_TOOLS.values()))}."
+        parts = [toy if part.startswith("First get ") else part for part in parts]
     return " ".join(parts)
 
 
 def _step_by_form(topic: Topic, place: int, rng: random.Random) -> str:
     """A step with the form of a helpful one and any topic's words in it: it names what is asked, and says nothing."""
-    harmful = does_harm(topic.action, topic.object)
     forms = (
         f"First get the {rng.choice(TOOLS)}.",
-        f"Then {name(topic)} {'[step]' if harmful else 'slowly'}.",
+        f"Then {name(topic)} slowly.",
         f"Last check the {topic.object}.",
     )
     return forms[place]

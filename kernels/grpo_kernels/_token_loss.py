@@ -133,6 +133,8 @@ def prepare(
         wanted = f"(N,) = ({count},)" + ("" if sequences is None else f" or (S,) = ({sequences},)")
         raise ValueError(f"advantages must have shape {wanted}, got {tuple(advantages.shape)}")
 
+    advantage = torch.where(counted, advantage, 0.0)  # a masked token may hold anything
+
     # A token without advantage carries nothing, unless another term acts on it or others average over it.
     active = counted
     if config.skips_zero_advantage(by_sequence):
@@ -192,8 +194,13 @@ class _Point:
     log_product: Tensor | None  # log of the product of the sequence's ratios (surrogate gamma)
 
 
-# Each row returns (loss, d loss / d log-ratio or log-prob). A surrogate that detaches its ratio
-# differentiates by the token's own log-prob; the others by the log ratio, whatever its level.
+def _by_sign(advantages: Tensor, not_negative: float, negative: float) -> Tensor:
+    # two Python numbers would make `where` round them to the default dtype
+    return torch.where(advantages >= 0, advantages.new_full((), not_negative), negative)
+
+
+# Each row returns (loss, d loss / d log-ratio or log-prob). A surrogate that detaches its ratio differentiates by
+# the token's own log-prob; the others by the log ratio, whatever its level.
 def _clip(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
     free = at.ratio if config.ratio_cap is None else at.ratio.clamp(max=config.ratio_cap)
     bounded = at.ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
@@ -215,7 +222,7 @@ def _cispo(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
 
 
 def _sapo(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
-    tau = torch.where(at.advantages >= 0, config.sapo_tau_pos, config.sapo_tau_neg)
+    tau = _by_sign(at.advantages, config.sapo_tau_pos, config.sapo_tau_neg)
     gate = torch.sigmoid(tau * (at.ratio - 1.0))
     slope = 4.0 * gate * (1.0 - gate)
     return -at.advantages * gate * 4.0 / tau, -at.advantages * at.ratio * slope * at.inside
@@ -223,9 +230,8 @@ def _sapo(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
 
 def _gamma(at: _Point, config: LossConfig) -> tuple[Tensor, Tensor]:
     assert at.log_product is not None
-    positive = at.advantages >= 0
-    k = torch.where(positive, config.gamma_pos[0], config.gamma_neg[0])
-    lam = torch.where(positive, config.gamma_pos[1], config.gamma_neg[1])
+    k = _by_sign(at.advantages, config.gamma_pos[0], config.gamma_neg[0])
+    lam = _by_sign(at.advantages, config.gamma_pos[1], config.gamma_neg[1])
     log_w = at.log_product.clamp(GAMMA_FLOOR, RATIO_LIMIT)
     coefficient = -torch.exp(lam + k * log_w - lam * log_w.exp()) * at.advantages
     return coefficient * at.logprobs, coefficient
@@ -287,6 +293,8 @@ def _mismatch_weight(gap: Tensor, tokens: Tokens, config: LossConfig) -> Tensor:
 
 def _top_entropy(entropy: Tensor, counted: Tensor, share: float) -> Tensor:
     """Which tokens belong to the share of highest entropy; no synchronisation."""
+    if entropy.numel() == 0:
+        return counted
     ranked = torch.where(counted, entropy, -torch.inf).sort(descending=True).values
     last = (counted.sum() * share).ceil().long().clamp(min=1) - 1
     return entropy >= ranked.gather(0, last.unsqueeze(0))

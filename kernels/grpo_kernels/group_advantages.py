@@ -115,8 +115,8 @@ def group_advantages(
     else:
         result = (_scaled(centred, grouped, grouped.abs(), scale, std_floor, eps).nan_to_num() * w).sum(2)
         if mode == "gdpo":
-            # each group sums to zero, so the batch mean is zero already
-            result = result / (result.flatten()[place].std() + eps) if count > 1 else result
+            # each group sums to zero, so the batch mean is zero already; 0/0 where eps is 0 and all are flat
+            result = (result / (result.flatten()[place].std() + eps)).nan_to_num() if count > 1 else result
     return result.flatten()[place].float()
 
 

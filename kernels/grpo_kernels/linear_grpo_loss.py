@@ -67,6 +67,8 @@ def linear_grpo_loss(
     )
     chosen = _rows_to_compute(config, tokens, advantages, loss_mask, cu_seqlens)
     metrics: dict[str, Tensor] = {}
+    if not torch.is_grad_enabled():  # a leaf says requires_grad even then, and would be paid a gradient
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss = _LinearGrpoLoss.apply(hidden, weight, bias, head, tokens, config, chosen, backend, metrics)
     return loss, metrics  # type: ignore[return-value]
 

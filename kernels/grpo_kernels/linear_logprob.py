@@ -47,6 +47,8 @@ def linear_logprob(
     head = make_head(
         hidden, weight, targets, temperature=temperature, bias=bias, softcap=softcap, logit_scale=logit_scale
     )
+    if not torch.is_grad_enabled():  # a leaf says requires_grad even then, and would be paid a gradient
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return _LinearLogprob.apply(hidden, weight, bias, head, backend)  # type: ignore[return-value]
 
 

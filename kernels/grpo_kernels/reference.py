@@ -115,7 +115,7 @@ def _surrogate(config: LossConfig, lp: Tensor, advantage: Tensor, level: Tensor,
     if config.surrogate == "cispo":
         return -ratio.detach().clamp(max=high) * advantage * lp
     if config.surrogate == "sapo":
-        tau = torch.where(advantage >= 0, config.sapo_tau_pos, config.sapo_tau_neg)
+        tau = torch.where(advantage >= 0, lp.new_full((), config.sapo_tau_pos), config.sapo_tau_neg)
         return -advantage * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     if config.surrogate == "gamma":
         w = log_ratio.detach().sum().clamp(math.log(1e-8), 20).exp()
@@ -225,7 +225,9 @@ def group_advantages(
             piece += w[k] * off.nan_to_num() / divisor
         pieces.append(piece)
     result = torch.cat(pieces)
-    return (result / (result.std() + eps) if mode == "gdpo" and count > 1 else result).float()
+    if mode == "gdpo" and count > 1:
+        result = (result / (result.std() + eps)).nan_to_num()  # 0/0 where eps is 0 and every group is flat
+    return result.float()
 
 
 def _weighted_sum(group: Tensor, w: list[float]) -> Tensor:
