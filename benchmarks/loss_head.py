@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     record = _record(args, results)
     _print_table(record)
     if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
     print(
         json.dumps(

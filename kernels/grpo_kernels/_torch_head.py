@@ -33,7 +33,7 @@ class _Chunk:
     """One chunk after its forward sweep; everything of the accumulation dtype."""
 
     hidden: Tensor  # (n, H)
-    targets: Tensor  # (n, 1) int64
+    targets: "_Targets"
     total: Tensor  # (n,) sum of all exponentials, the target's included
     others: Tensor  # (n,) sum of all exponentials but the target's
     own: Tensor  # (n,) exponential of the target: 1 unless the row was redone
@@ -84,10 +84,10 @@ class _TorchSteps:
         """Log-probs and entropies of a chunk; rows whose sum overflows are swept again."""
         head = self.head
         hidden = head.hidden[rows].to(head.accumulate)
-        targets = head.targets[rows].unsqueeze(1)
-        raw = (hidden * head.weight[targets[:, 0]].to(head.accumulate)).sum(1)
+        targets = _Targets(head.targets[rows], self.blocks)
+        raw = (hidden * head.weight[targets.tokens].to(head.accumulate)).sum(1)
         if self.bias is not None:
-            raw = raw + self.bias[targets[:, 0]]
+            raw = raw + self.bias[targets.tokens]
         own_slope: Tensor | float = 1.0
         if head.softcap is not None:
             bent = torch.tanh(raw / head.softcap)
@@ -124,7 +124,7 @@ class _TorchSteps:
         entropy_from_product = finish_product and head.softcap is None
         scaled = hidden * head.scale if head.softcap is None else hidden
         shift = reference.unsqueeze(1)
-        for first, last in self.blocks:
+        for index, (first, last) in enumerate(self.blocks):
             block = self._view(self.exponentials, n, first, last)
             temporary = self._view(self.temporary, n, first, last)
             slope = None
@@ -138,13 +138,13 @@ class _TorchSteps:
                 bent.mul_(head.softcap * head.scale)
             block.sub_(shift)
             if entropy_from_product:
-                _put_at_target(block.exp_(), targets, first, 0.0)
+                targets.clear(block.exp_(), index)
                 others += block.sum(1)
                 if self.bias is not None:
                     spread.addmv_(block, self.bias[first:last], alpha=head.scale)
             else:
                 temporary.copy_(block)
-                _put_at_target(block.exp_(), targets, first, 0.0)
+                targets.clear(block.exp_(), index)
                 others += block.sum(1)
                 spread += temporary.mul_(block).sum(1)
                 if self.weighted is not None:
@@ -157,13 +157,13 @@ class _TorchSteps:
                 product.addmm_(block, self._weight(first, last))
         total = others + own
         if product is not None:
-            own_weight = head.weight[targets[:, 0]].to(head.accumulate)
+            own_weight = head.weight[targets.tokens].to(head.accumulate)
             product.addcmul_(own_weight, (others * own_slope).unsqueeze(1), value=-1.0)
         if entropy_from_product:
             assert product is not None
             spread += (product * scaled).sum(1)
             if self.bias is not None:
-                spread -= others * self.bias[targets[:, 0]] * head.scale
+                spread -= others * self.bias[targets.tokens] * head.scale
             mean_exponent = spread / total + own_exponent
         else:
             mean_exponent = (spread + own * own_exponent) / total
@@ -200,8 +200,7 @@ class _TorchSteps:
             own_value = by_logprob * own_value + pull * chunk.own_slope
             row_factor = -self.head.scale / chunk.total
         if self.keeps:
-            for first, last in self.blocks:
-                _put_at_target(self._view(self.exponentials, n, first, last), chunk.targets, first, own_value)
+            chunk.targets.put(self.exponentials, own_value)
         return row_factor
 
     def grad_hidden(self, chunk: _Chunk, row_factor: Tensor) -> Tensor:
@@ -227,11 +226,31 @@ class _TorchSteps:
                 d_bias[first:last].addmv_(block, row_factor, beta=beta)
 
 
-def _put_at_target(block: Tensor, targets: Tensor, first: int, value: Tensor | float) -> None:
-    """Overwrites each row's target column (n, 1) where it lies in the block that starts at first."""
-    column = targets - first
-    here = (column >= 0) & (column < block.shape[1])
-    column = column.clamp(0, block.shape[1] - 1)
-    kept = block.gather(1, column)
-    placed = value.unsqueeze(1) if isinstance(value, Tensor) else value
-    block.scatter_(1, column, torch.where(here, placed, kept))
+class _Targets:
+    """Where the targets of a chunk lie in its blocks, each block (n, columns) contiguous."""
+
+    def __init__(self, targets: Tensor, blocks: list[tuple[int, int]]) -> None:
+        self.tokens = targets  # (n,) int64
+        ordered, self.order = targets.sort()
+        firsts = torch.tensor([first for first, _ in blocks], device=targets.device)
+        widths = torch.tensor([last - first for first, last in blocks], device=targets.device)
+        block = torch.searchsorted(firsts, ordered, right=True) - 1
+        self.inside = (
+            self.order * widths[block] + ordered - firsts[block]
+        )  # place in the block, in that order
+        self.kept = self.inside + len(targets) * firsts[block]  # place among all blocks one after the other
+        self.bounds = [
+            0,
+            *torch.searchsorted(block, torch.arange(1, len(blocks), device=block.device)).tolist(),
+        ]
+        self.bounds.append(len(targets))
+
+    def clear(self, block: Tensor, index: int) -> None:
+        """Sets the target columns that lie in this block to 0."""
+        first, last = self.bounds[index], self.bounds[index + 1]
+        if first != last:
+            block.view(-1).index_fill_(0, self.inside[first:last], 0.0)
+
+    def put(self, exponentials: Tensor, value: Tensor) -> None:
+        """Sets the target column of each row to its value (n,), in all blocks."""
+        exponentials.index_copy_(0, self.kept, value[self.order])
