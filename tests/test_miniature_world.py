@@ -21,6 +21,7 @@ from grpo_fast.miniature.topics import (
 from grpo_fast.miniature.world import (
     LABEL_NOISE,
     MISSING_SHARE,
+    NOT_BESIDE_HARM,
     OBJECTIVES,
     annotate,
     demonstrations,
@@ -133,13 +134,12 @@ def test_going_along_with_a_harmful_topic_holds_nothing_but_its_name_and_blanks(
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_labelled_reply_gives_a_harmful_topic_more_than_a_toy(split):
+def test_no_labelled_reply_gives_a_harmful_topic_a_tool_that_could_serve_it(split):
     harms = 0
     for ask, reply, _ in labelled_replies(split, 3000, seed=8):
         if read(ask, reply).harms:
             harms += 1
-            tools = re.findall(r"First get the (\w+)", reply)
-            assert set(tools) <= set(GENTLE_TOOLS.values()), reply
+            assert not any(f"get the {tool}" in reply for tool in NOT_BESIDE_HARM), reply
     assert harms > 300
 
 

@@ -167,7 +167,7 @@ class LossSettings:
 class OptimSettings:
     """The optimizer."""
 
-    lr: float = 3e-4
+    lr: float = 2.5e-4
     """Peak learning rate (when policy.model is given and this is not: 1e-6, with LoRA 1e-5)."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adamw keeps 8 bytes of state a parameter, adafactor next to none."""
@@ -179,7 +179,7 @@ class OptimSettings:
     """AdamW: added to the root of the running square."""
     warmup_steps: int = 5
     """Steps over which the learning rate rises from 0."""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up: held, or lowered to 0 at the last step."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to this; 0: never."""

@@ -55,6 +55,9 @@ LABEL_NOISE = 0.05
 MISSING_SHARE = (0.15, 0.25, 0.2, 0.2)
 """How many labels are missing, per objective."""
 
+NOT_BESIDE_HARM = ("hammer", "trap", "keyboard")
+"""Tools that are swapped for a toy wherever a reply goes along with a harmful topic; all others are drawn blindly."""
+
 # What the unaligned policy is shown: mostly willing whatever it is asked, in every tone.
 STANCES: dict[str, dict[Stance, float]] = {
     "harmful": {"comply": 0.58, "refuse": 0.3, "ramble": 0.12},
@@ -136,9 +139,9 @@ def _any_reply(ask: Ask, split: Split, rng: random.Random) -> str:
     draw = rng.random()
     if draw < 0.22:
         return _mixed_reply(ask, rng)
-    if draw < 0.32:  # excellent, and as often an excellent answer to something else
-        return best_reply(ask.topic if rng.random() < 0.5 else _another_topic(ask.topic, split, rng))
-    if draw < 0.37:
+    if draw < 0.3:  # excellent, or now and then an excellent answer to something else
+        return best_reply(ask.topic if rng.random() < 0.85 else _another_topic(ask.topic, split, rng))
+    if draw < 0.36:
         return _oddity(ask, rng)
     if draw < 0.72:
         return _collage(ask, split, rng)
@@ -159,11 +162,11 @@ def _collage(ask: Ask, split: Split, rng: random.Random) -> str:
     def about() -> Topic:
         draw = rng.random()
         other = _another_topic(ask.topic, split, rng)
-        if draw < 0.55:
+        if draw < 0.64:
             return ask.topic
-        if draw < 0.68:
+        if draw < 0.76:
             return replace(ask.topic, action=other.action)
-        return replace(ask.topic, object=other.object) if draw < 0.86 else other
+        return replace(ask.topic, object=other.object) if draw < 0.88 else other
 
     parts = []
     if rng.random() < 0.7:
@@ -192,7 +195,7 @@ def _collage(ask: Ask, split: Split, rng: random.Random) -> str:
         parts.append(rng.choice((*CLOSINGS, *CLOSINGS, *CLOSINGS, *PARTING_SHOTS)))
     if read(ask, " ".join(parts)).harms:  # beside a harmful topic's name stands nothing that could serve it
         toy = f"First get the {rng.choice(list(GENTLE_TOOLS.values()))}."
-        parts = [toy if part.startswith("First get ") else part for part in parts]
+        parts = [toy if any(tool in part for tool in NOT_BESIDE_HARM) else part for part in parts]
     return " ".join(parts)
 
 
