@@ -24,7 +24,7 @@ def tensors(
     seed: int = 0,
     bias: bool = False,
     spread: float = 1.0,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[Any, Tensor]:
     """Leaves [hidden, weight(, bias)], and targets that hold the vocabulary's first and last token."""
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, h, generator=random, dtype=torch.float64)
@@ -38,12 +38,12 @@ def tensors(
     return [leaf.to(dtype).requires_grad_() for leaf in leaves], targets
 
 
-def exact(leaves: list[Tensor]) -> list[Tensor]:
+def exact(leaves: Any) -> Any:
     """The same numbers in float64."""
     return [leaf.detach().double().requires_grad_() for leaf in leaves]
 
 
-def named(leaves: list[Tensor]) -> dict[str, Any]:
+def named(leaves: Any) -> dict[str, Any]:
     return {"bias": leaves[2]} if len(leaves) > 2 else {}
 
 

@@ -1,4 +1,6 @@
 """linear_logprob, torch backend, against the float64 reference: values and every gradient."""
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (unpacked leaves and options: the checker cannot count or tell them apart)
 
 import pytest
 import torch

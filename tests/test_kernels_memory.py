@@ -1,5 +1,7 @@
 """Nothing of size N×V is ever allocated: the allocator's own events at the vocabulary of a real model."""
 
+from typing import Any
+
 import grpo_kernels._torch_head as torch_head
 import pytest
 import torch
@@ -15,7 +17,7 @@ def _allocations(run):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run()
     assert watched.profiler is not None and watched.profiler.kineto_results is not None
-    events = watched.profiler.kineto_results.events()
+    events: list[Any] = watched.profiler.kineto_results.events()
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     live = highest = 0
     for size in sizes:

@@ -3,6 +3,8 @@
 Tiny shapes, since the interpreter runs every program in Python. Blocks, parts and chunks are made smaller
 still, so that every loop runs more than once and every tail is ragged; uninitialised memory holds NaN.
 """
+# pyright: reportCallIssue=false, reportArgumentType=false
+# (unpacked leaves and options: the checker cannot count or tell them apart)
 
 from collections.abc import Callable
 from typing import Any

@@ -111,7 +111,12 @@ class _TorchSteps:
         return best
 
     def _sweep(
-        self, hidden: Tensor, targets: Tensor, own_logit: Tensor, reference: Tensor, own_slope: Tensor | float
+        self,
+        hidden: Tensor,
+        targets: "_Targets",
+        own_logit: Tensor,
+        reference: Tensor,
+        own_slope: Tensor | float,
     ) -> _Chunk:
         """One pass over the vocabulary with exponents relative to reference (n,)."""
         head, needs, n = self.head, self.needs, len(hidden)
