@@ -10,7 +10,6 @@ from grpo_fast.miniature import replies
 from grpo_fast.miniature.judge import does_harm, is_refusal, judge, read
 from grpo_fast.miniature.topics import (
     CORES,
-    GENTLE_TOOLS,
     KINDS,
     SPLITS,
     STYLES,
