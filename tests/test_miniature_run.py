@@ -10,20 +10,10 @@ from grpo_fast.miniature.world import OBJECTIVES
 from tests.test_train import run_command
 from tests.tiny import write_config
 
-# Large enough to learn, small enough for a test: warm start and reward model are trained once for both signs.
+# The default run, cut short; the warm start and the reward model are trained once for both signs.
 SHORT = """
-[miniature]
-warm_epochs = 1
-reward_epochs = 1
-
-[rollout]
-prompts_per_step = 8
-
-[optim]
-lr = 3e-4
-
 [run]
-steps = 60
+steps = 25
 eval_every = 0
 """
 
