@@ -19,6 +19,7 @@ GIB = 2**30
 
 def print_plan(config: TrainConfig, inputs: Inputs) -> None:
     """Print the plan; the memory comes first, from the configurations alone, then everything is loaded and checked."""
+    run_path(config)  # refuses an existing folder before anything is printed
     device = resolve_device(config)
     policy_config, reward_config = _model_configs(config)
     console = Console(soft_wrap=True)

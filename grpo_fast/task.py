@@ -101,6 +101,8 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
         )
         for rows in (inputs.training, inputs.heldout)
     )
+    _token_ids(policy, config.rollout.stop_tokens)
+    _check_length(policy, [*prompts, *heldout], config.rollout.max_new_tokens)
     reward_model = (
         RewardModel.load(config.reward.model, device=device, dtype=dtype) if config.reward.model else None
     )
@@ -136,3 +138,13 @@ def _token_ids(policy: Policy, tokens: tuple[str, ...]) -> list[int]:
         if token not in vocabulary:
             raise UserError(f"rollout.stop_tokens: {token!r} is not one token of the policy's tokenizer")
     return [vocabulary[token] for token in tokens]
+
+
+def _check_length(policy: Policy, prompts: list[Prompt], max_new_tokens: int) -> None:
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise UserError(
+            f"rollout.max_new_tokens = {max_new_tokens} and the longest prompt's {longest} tokens make more than the "
+            f"policy's {limit} positions: at most {max(0, limit - longest)} new tokens fit"
+        )

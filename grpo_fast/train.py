@@ -15,6 +15,7 @@ from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import PromptSampler
 from grpo_fast.engines.local import LocalEngine
+from grpo_fast.errors import UserError
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
@@ -51,23 +52,27 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         kind=config.optim.optimizer,
     )
     sampler = PromptSampler(len(task.prompts), config.rollout.prompts_per_step, config.seed)
-    steps, evaluation_seed = config.run.steps, config.seed << 32
+    steps, base_seed = config.run.steps, config.seed << 32
 
     first = restore(run.path, policy, optimizer)
     run.begin("grpo", steps, done=first, objectives=task.scorer.names)
     before = saved_evaluation(run.path)
     if before is None:
         with run.phase_timer("evaluate"):
-            before = evaluate(task, engine, config, seed=evaluation_seed)
+            before = evaluate(task, engine, config, seed=base_seed)
         run.logger.samples(sample_rows("before", 0, task, before, config.run.samples))
         save_evaluation(run.path, before)
 
     for step in range(first, steps):
         started = time.perf_counter()
         prompts = [task.prompts[index] for index in sampler.indices(step)]
-        rollout = collect(
-            prompts, task, engine, config, seed=evaluation_seed + step + 1, timer=run.phase_timer
-        )
+        # sample a group of completions for each prompt, score them, compare each with its group
+        try:
+            rollout = collect(prompts, task, engine, config, seed=base_seed + step + 1, timer=run.phase_timer)
+        except UserError as error:  # a reward function that failed must not cost the steps before it
+            if step > first:
+                save(run.path, step, policy, optimizer, keep=config.run.keep_checkpoints)
+            raise UserError(f"{error}; {step} steps are kept, go on with --resume {run.path}") from error
         lr = learning_rate(
             step,
             lr=config.optim.lr,
@@ -84,7 +89,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         done = step + 1
         if is_due(done, config.run.eval_every) and done < steps:
             with run.phase_timer("evaluate"):
-                metrics |= means(evaluate(task, engine, config, seed=evaluation_seed))
+                metrics |= means(evaluate(task, engine, config, seed=base_seed))
         run.step(done, metrics)
         if is_due(done, config.run.save_every) or done == steps or run.stop_requested:
             with run.phase_timer("save"):
@@ -94,11 +99,12 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         run.check_stop()
 
     with run.phase_timer("evaluate"):
-        after = evaluate(task, engine, config, seed=evaluation_seed)
+        after = evaluate(task, engine, config, seed=base_seed)
     run.logger.samples(sample_rows("after", steps, task, after, config.run.samples))
     with run.phase_timer("save"):
         policy.save(run.path / "model", merge=config.policy.merge_on_save)
     write_results(run, config, task, before, after, steps=steps)
+    run.progress.message(f"report: {run.path / 'report.html'}  model: {run.path / 'model'}")
     return 0
 
 
@@ -117,6 +123,7 @@ def _command(argv: list[str] | None) -> int:
     config = asked.config
     keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     if config.threads:
         torch.set_num_threads(config.threads)
     inputs = check_inputs(config, own_heads=() if config.policy.model else OBJECTIVES)

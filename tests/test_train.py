@@ -215,3 +215,27 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(rewards, capsys):
     shown = capsys.readouterr().out
     assert "4 prompts × 8 completions = 32" in shown and "GiB" in shown and "counts_e × 1" in shown
     assert not (rewards / "run").exists()
+
+
+def test_a_reward_function_that_fails_late_costs_no_step(rewards, capsys):
+    (rewards / "late_rewards.py").write_text(
+        "calls = 0\n"
+        "def late(completions, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls > 5:\n"
+        "        raise RuntimeError('gone')\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    flags = own_model_flags(rewards, "qwen2")
+    flags[flags.index("my_rewards:counts_e")] = "late_rewards:late"
+    assert run_command(*flags) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (rewards / "run" / "checkpoints" / "step-000003").is_dir()
+
+
+def test_completions_longer_than_the_models_positions_are_refused(rewards, capsys):
+    flags = own_model_flags(rewards, "qwen2")
+    assert run_command(*flags, "--rollout.max-new-tokens", "8000") == 2
+    assert "256 positions" in capsys.readouterr().err
+    assert not (rewards / "run").exists()

@@ -1,7 +1,7 @@
 """Every setting of a training run: frozen dataclasses, and the checks that need no model.
 
 The sections are the tables of the TOML file and the prefixes of the flags: `optim.lr` is `lr` under
-`[optim]` in a file and `--optim.lr` on the command line (`config_cli.py`). The line under each field is
+`[optim]` in a file and `--optim.lr` on the command line (`command_line.py`). The line under each field is
 its `--help`. The defaults are those of the miniature, the run that needs no download.
 
 Building a `TrainConfig` checks it: a value out of range or two settings that contradict each other raise
