@@ -66,7 +66,7 @@ def outputs(
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     options = options | ({"bias": leaves[2]} if len(leaves) > 2 else {})
     found = function(leaves[0], leaves[1], targets, **options)
-    total = sum((value * factor).sum() for value, factor in zip(found, by, strict=False))
+    total = torch.stack([(value * factor).sum() for value, factor in zip(found, by, strict=False)]).sum()
     return [value.detach() for value in (*found, *torch.autograd.grad(total, leaves))]
 
 

@@ -279,8 +279,9 @@ def entropy_rows(
 ):
     """In place, up to the factor that E has: -∂(by_logprob · logprob + by_entropy · entropy)/∂raw / scale.
 
-    The exponent of a column is the logarithm of what is stored: its rounding moves the result by no more than
-    the rounding of the result itself. The cap's slope follows from the exponent too: no logits are needed.
+    The exponent of a column is the logarithm of what is stored. Its rounding (2^-9 in bfloat16) becomes an
+    absolute error of the exponent: like the rounding of the result itself, unless the distribution is nearly
+    flat and the entropy's term stands alone. The cap's slope follows from the exponent: no logits are needed.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)

@@ -1,125 +1,281 @@
-"""The loss head in bfloat16 on the device, against float64: no further from it than eager PyTorch in bfloat16."""
+"""The operations on a CUDA device, every backend.
+
+The criterion: truth is float64 on the same numbers, the yardstick is plain PyTorch in the same dtype, and ours
+may be no further from the truth than the yardstick is, plus a small tolerance.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from grpo_kernels import LossConfig, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob, reference
+from torch import Tensor
 
+DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-# Ragged in every direction: one token, a tail of the vocabulary's tile, the vocabulary of Qwen2.5, an odd hidden size.
-SHAPES = [(1, 64, 257), (33, 128, 1000), (300, 896, 151_936), (129, 72, 50_257)]
 BACKENDS = ["torch", "triton"]
+# relative to the norm of the truth: log-probs and entropies, gradients
+SLACK = {torch.bfloat16: (1e-5, 2e-3), torch.float16: (1e-5, 5e-4), torch.float32: (1e-5, 1e-5)}
 
 
-def problem(tokens: int, hidden: int, vocabulary: int, seed: int = 0):
-    """Peaked rows, as a trained model has them; targets at both ends of the vocabulary and in its last tile."""
-    draw = torch.Generator("cuda").manual_seed(seed)
-    h = torch.randn(tokens, hidden, generator=draw, device="cuda").bfloat16()
-    w = (torch.randn(vocabulary, hidden, generator=draw, device="cuda") * 3 / hidden**0.5).bfloat16()
-    targets = torch.randint(vocabulary, (tokens,), generator=draw, device="cuda")
-    targets[0] = 0
-    targets[-1] = vocabulary - 1
-    return h, w, targets
+def problem(
+    count: int, width: int, vocabulary: int, dtype: torch.dtype, *, bias: bool = False
+) -> tuple[list[Tensor], Tensor]:
+    """[hidden, weight(, bias)] with peaked logits, and targets that hold the first and the last token."""
+    generator = torch.Generator(DEVICE).manual_seed(count + vocabulary)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=DEVICE)
+
+    leaves = [normal(count, width) * 3.0 * width**-0.5, normal(vocabulary, width)]
+    if bias:
+        leaves.append(normal(vocabulary))
+    targets = torch.randint(0, vocabulary, (count,), generator=generator, device=DEVICE)
+    targets[0], targets[-1] = 0, vocabulary - 1
+    return [leaf.to(dtype) for leaf in leaves], targets
 
 
-def eager_logprob(h, w, targets):
-    return torch.log_softmax(h @ w.T, dim=-1).gather(1, targets[:, None])[:, 0]
+def outputs(
+    function: Callable[..., Any],
+    leaves: list[Tensor],
+    targets: Tensor,
+    by: tuple[Tensor, Tensor | None],
+    options: dict[str, Any],
+) -> dict[str, Tensor]:
+    """Log-probs, entropies and gradients of by[0] @ logprobs + by[1] @ entropy, all float64."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    if len(leaves) > 2:
+        options = options | {"bias": leaves[2]}
+    logprobs, entropy = function(leaves[0], leaves[1], targets, **options)
+    total = logprobs @ by[0].to(logprobs.dtype)
+    if by[1] is not None:
+        total = total + entropy @ by[1].to(entropy.dtype)
+    values = [logprobs, entropy, *torch.autograd.grad(total, leaves)]
+    names = ["logprobs", "entropy", "d_hidden", "d_weight", "d_bias"]
+    return {name: value.detach().double() for name, value in zip(names, values, strict=False)}
 
 
-def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((found.double() - truth).norm() / truth.norm().clamp(min=1e-12)).item()
+def off(found: Tensor, true: Tensor) -> float:
+    assert not found.isnan().any()
+    return ((found - true).norm() / true.norm().clamp(min=1e-30)).item()
+
+
+def assert_as_good_as_eager(
+    leaves: list[Tensor], targets: Tensor, backend: str, *, entropy: bool = False, **options: Any
+) -> None:
+    by = torch.linspace(-1.0, 2.0, len(targets), device=DEVICE)
+    weights = (by, by.flip(0) if entropy else None)
+    truth = outputs(reference.linear_logprob, [leaf.double() for leaf in leaves], targets, weights, options)
+    eager = outputs(reference.linear_logprob, leaves, targets, weights, options)
+    ours = outputs(linear_logprob, leaves, targets, weights, options | {"backend": backend})
+    for name, true in truth.items():
+        slack = SLACK[leaves[0].dtype][name.startswith("d_")]
+        limit = off(eager[name], true) + slack
+        assert off(ours[name], true) <= limit, f"{name}: {off(ours[name], true):.2e} > {limit:.2e}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logprobs_and_gradients(shape, backend):
-    h, w, targets = problem(*shape)
-    coefficient = torch.linspace(-1, 1, shape[0], device="cuda") + 0.1
-
-    def run(function, dtype):
-        a, b = (x.detach().to(dtype).requires_grad_() for x in (h, w))
-        values = function(a, b)
-        (values * coefficient.to(values.dtype)).sum().backward()
-        return values.detach(), a.grad, b.grad
-
-    truth = run(lambda a, b: reference.linear_logprob(a, b, targets)[0], torch.float64)
-    eager = run(lambda a, b: eager_logprob(a, b, targets), torch.bfloat16)
-    ours = run(lambda a, b: linear_logprob(a, b, targets, backend=backend)[0], torch.bfloat16)
-    assert (ours[0].double() - truth[0]).abs().max() < 1e-4
-    assert (ours[0].double() - truth[0]).abs().max() <= (eager[0].double() - truth[0]).abs().max() + 1e-6
-    for mine, theirs, right in zip(ours[1:], eager[1:], truth[1:], strict=True):
-        assert relative(mine, right) <= relative(theirs, right) + 5e-3
-        assert relative(mine, right) < 1e-2
+@pytest.mark.parametrize("dtype", SLACK, ids=str)
+@pytest.mark.parametrize(
+    ("count", "width", "vocabulary"),
+    # one token; an odd vocabulary; a ragged one of Qwen2.5; more tokens than a chunk
+    [(1, 64, 1000), (257, 96, 50257), (513, 128, 151936), (4500, 64, 32003)],
+)
+def test_linear_logprob(count, width, vocabulary, dtype, backend):
+    leaves, targets = problem(count, width, vocabulary, dtype)
+    assert_as_good_as_eager(leaves, targets, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "cispo", "vespo"])
-def test_loss_and_gradients(preset, backend):
-    h, w, targets = problem(300, 896, 32_000)
-    config = LossConfig.preset(preset)
-    bounds = torch.tensor([0, 40, 41, 150, 300], dtype=torch.int32, device="cuda")
-    advantages = torch.tensor([0.5, -1.0, 0.0, 2.0], device="cuda")
-    old = reference.linear_logprob(h.double(), w.double(), targets)[0].float()
-    old = old + 0.1 * torch.sin(torch.arange(300, device="cuda"))
-    extra = {"old_logprobs": old, "ref_logprobs": old - 0.05, "cu_seqlens": bounds}
+@pytest.mark.parametrize("dtype", SLACK, ids=str)
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"softcap": 3.0},
+        {"bias": True, "softcap": 5.0, "logit_scale": 0.5},
+        {"bias": True},
+    ],
+    ids=str,
+)
+def test_options(options, entropy, dtype, backend):
+    options = dict(options)
+    leaves, targets = problem(300, 64, 5003, dtype, bias=options.pop("bias", False))
+    if len(leaves) > 2 and "softcap" not in options:
+        leaves[2][5] = leaves[2][5001] = -torch.inf
+        targets[(targets == 5) | (targets == 5001)] = 6
+    assert_as_good_as_eager(leaves, targets, backend, entropy=entropy, **options)
 
-    def run(function, dtype, **more):
-        a, b = (x.detach().to(dtype).requires_grad_() for x in (h, w))
-        loss, metrics = function(a, b, targets, advantages.to(torch.float32), config, **extra, **more)
-        loss.backward()
-        return loss.detach(), a.grad, b.grad, metrics
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+def test_adversarial_rows(entropy, dtype, backend):
+    size = 1003
+    logits = torch.randn(8, size, device=DEVICE)
+    logits[0] = 1e4 * torch.where(torch.arange(size, device=DEVICE) % 2 == 0, 1.0, -1.0)
+    logits[1] = 3.0
+    logits[2] = -1e4
+    logits[3] = -1e4
+    logits[3, -1] = -50.0
+    logits[4] -= 200.0
+    logits[5, 0] = 90.0
+    logits[6, 7] = 1e4
+    logits[7, 7] = 38.0
+    targets = torch.tensor([1, size - 1, 0, size - 1, 30, 60, 7, 8], device=DEVICE)
+    leaves = [logits.to(dtype), torch.eye(size, device=DEVICE, dtype=dtype)]
+    assert_as_good_as_eager(leaves, targets, backend, entropy=entropy)
+
+
+def test_targets_out_of_range_give_nan_and_nothing_worse():
+    leaves, targets = problem(64, 32, 1000, torch.bfloat16)
+    targets[3], targets[9] = -100, 2**40
+    logprobs, _ = linear_logprob(leaves[0], leaves[1], targets, backend="triton")
+    assert logprobs.isnan().nonzero().flatten().tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("pieces", ["as shipped", "one chunk"])
+def test_past_two_to_the_31_elements(pieces, monkeypatch):
+    """14400 tokens of a vocabulary of 151936; also with all of them in one buffer of 2.2e9 elements."""
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    if pieces == "one chunk":
+        from grpo_kernels import _triton_head
+
+        for name in ("CHUNK_ROWS", "LOGITS_BYTES", "STORED_BYTES"):
+            monkeypatch.setattr(_triton_head, name, 1 << 36)
+    count, vocabulary = 14400, 151936
+    leaves, targets = problem(count, 64, vocabulary, torch.bfloat16)
+    by = torch.linspace(-1.0, 2.0, count, device=DEVICE)
+    ours = outputs(linear_logprob, leaves, targets, (by, None), {"backend": "triton"})
+    d_weight = torch.zeros_like(ours["d_weight"])
+    for start in range(0, count, 1440):
+        rows = slice(start, start + 1440)
+        part = [leaves[0][rows].double(), leaves[1].double()]
+        truth = outputs(reference.linear_logprob, part, targets[rows], (by[rows], None), {})
+        d_weight += truth.pop("d_weight")
+        for name, true in truth.items():
+            assert off(ours[name][rows], true) <= (5e-3 if name == "d_hidden" else 1e-5), (name, start)
+    assert off(ours["d_weight"], d_weight) <= 5e-3
+
+
+def loss_arguments(count: int, logprobs: Tensor) -> dict[str, Any]:
+    noise = torch.linspace(-0.4, 0.4, count, device=DEVICE)
+    return {
+        "old_logprobs": logprobs + noise,
+        "ref_logprobs": logprobs - noise.flip(0),
+        "loss_mask": torch.arange(count, device=DEVICE) % 7 != 3,
+        "cu_seqlens": torch.tensor([0, count // 5, count // 2, count], dtype=torch.int32, device=DEVICE),
+        "normalizer": 3.0,
+    }
+
+
+ADVANTAGES = [1.0, -0.7, 0.4]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "config",
+    [LossConfig.preset("grpo"), LossConfig.preset("gspo"), LossConfig.preset("dapo", entropy_coef=0.02)],
+    ids=["grpo", "gspo", "entropy"],
+)
+def test_linear_grpo_loss(config, backend, frozen):
+    (hidden, weight), targets = problem(5000, 64, 30011, torch.bfloat16)
+    # Constants around the exact log-probs: none of the three decides differently at a clipping edge by luck.
+    exact, _ = reference.linear_logprob(hidden.double(), weight.double(), targets)
+    given = loss_arguments(5000, exact)
+
+    def run(function: Callable[..., Any], dtype: torch.dtype, **options: Any) -> list[Tensor]:
+        leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(not frozen)]
+        arguments = {
+            key: value.to(torch.promote_types(dtype, torch.float32))
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for key, value in given.items()
+        }
+        advantages = torch.tensor(ADVANTAGES, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+        loss, _ = function(*leaves, targets, advantages, config, **arguments, **options)
+        gradients = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad])
+        return [loss.detach().double(), *(gradient.double() for gradient in gradients)]
 
     truth = run(reference.linear_grpo_loss, torch.float64)
+    eager = run(reference.linear_grpo_loss, torch.bfloat16)
     ours = run(linear_grpo_loss, torch.bfloat16, backend=backend)
-    assert ours[0].item() == pytest.approx(truth[0].item(), rel=1e-3, abs=1e-5)
-    assert relative(ours[1], truth[1]) < 1e-2 and relative(ours[2], truth[2]) < 1e-2
-    assert all(torch.isfinite(value) for value in ours[3].values())
+    for index, (true, plain, found) in enumerate(zip(truth, eager, ours, strict=True)):
+        assert off(found, true) <= off(plain, true) + 3e-3, f"result {index}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_that_overflow_and_rows_far_below_zero(backend):
-    h, w, targets = problem(16, 64, 1000)
-    bias = torch.zeros(1000, device="cuda", dtype=torch.bfloat16)
-    bias[3] = -torch.inf
-    for scale, shift in ((1e3, 0.0), (1.0, -1e4)):
-        values, entropy = linear_logprob(h * scale, w, targets, bias=bias + shift, backend=backend)
-        right = reference.linear_logprob(
-            (h * scale).double(), w.double(), targets, bias=(bias + shift).double()
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo", "sapo", "vespo"])
+def test_grpo_loss(name):
+    count = 3000
+    logprobs = -torch.rand(count, device=DEVICE, dtype=torch.float64) * 4
+    given = loss_arguments(count, logprobs)
+    advantages = torch.tensor(ADVANTAGES, device=DEVICE, dtype=torch.float64)
+    found = []
+    for function, dtype in ((reference.grpo_loss, torch.float64), (grpo_loss, torch.float32)):
+        leaf = logprobs.to(dtype).requires_grad_()
+        arguments = {
+            key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in given.items()
+        }
+        loss, _ = function(leaf, advantages.to(dtype), LossConfig.preset(name), **arguments)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        found.append((loss.detach().double(), gradient.double()))
+    for true, ours in zip(*found, strict=True):
+        assert off(ours, true) <= 2e-5
+
+
+@pytest.mark.parametrize("mode", ["scalarized", "per_head", "gdpo", "dvao", "leave_one_out"])
+def test_group_advantages(mode):
+    rewards = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    rewards[5, 1] = torch.nan
+    true = reference.group_advantages(rewards, group_size=8, mode=mode)
+    found = group_advantages(rewards.to(DEVICE), group_size=8, mode=mode)
+    assert found.device.type == DEVICE
+    torch.testing.assert_close(found.cpu(), true, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_nothing_waits_for_the_device(name):
+    (hidden, weight), targets = problem(512, 64, 5003, torch.bfloat16)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    given = loss_arguments(512, linear_logprob(hidden.detach(), weight.detach(), targets)[0])
+    advantages = torch.tensor(ADVANTAGES, device=DEVICE)
+    for mode in ("default", "error"):  # the first pass compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss, _ = linear_grpo_loss(
+                hidden, weight, targets, advantages, LossConfig.preset(name), backend="triton", **given
+            )
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_scratch_does_not_grow_with_the_tokens():
+    width, vocabulary = 64, 151936
+    extra = []
+    for count in (8192, 32768):
+        (hidden, weight), targets = problem(count, width, vocabulary, torch.bfloat16)
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        advantages = torch.ones(count, device=DEVICE)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss, _ = linear_grpo_loss(
+            hidden, weight, targets, advantages, LossConfig.preset("dapo"), backend="triton"
         )
-        keep = targets != 3
-        torch.testing.assert_close(values[keep].double(), right[0][keep], rtol=1e-3, atol=1e-2)
-        assert torch.isfinite(entropy).all()
-
-
-def test_offsets_past_two_to_the_31_elements():
-    """15,000 tokens × 151,936 entries: one chunk's last rows lie beyond what 32-bit offsets reach."""
-    h, w, targets = problem(15_000, 64, 151_936)
-    ours = linear_logprob(h, w, targets, backend="triton")[0]
-    for first in (0, 14_900):
-        part = slice(first, first + 100)
-        right = reference.linear_logprob(h[part].double(), w.double(), targets[part])[0]
-        assert (ours[part].double() - right).abs().max() < 1e-4
-
-
-def test_loss_of_logprobs_and_advantages_equal_the_reference():
-    draw = torch.Generator().manual_seed(0)
-    rewards = torch.randn(64, 4, generator=draw)
-    rewards[3, 1] = torch.nan
-    for mode in ("scalarized", "per_head", "gdpo", "dvao", "leave_one_out"):
-        ours = group_advantages(rewards.cuda(), group_size=8, mode=mode)
-        right = reference.group_advantages(rewards.double(), group_size=8, mode=mode)
-        torch.testing.assert_close(ours.cpu().double(), right.double(), rtol=1e-4, atol=1e-5)
-    logprobs = -torch.rand(500, generator=draw).cuda() * 4
-    ours, _ = grpo_loss(
-        logprobs, torch.ones(500, device="cuda"), LossConfig.preset("dapo"), old_logprobs=logprobs - 0.1
-    )
-    right, _ = reference.grpo_loss(
-        logprobs.double(),
-        torch.ones(500, device="cuda"),
-        LossConfig.preset("dapo"),
-        old_logprobs=logprobs.double() - 0.1,
-    )
-    assert ours.item() == pytest.approx(right.item(), rel=1e-5)
+        extra.append(torch.cuda.max_memory_allocated() - before)
+        del loss
+    # E′ of a chunk, logits of a part, dW in float32 and its copy, and what is small
+    assert max(extra) <= (1280 << 20) + (384 << 20) + 6 * vocabulary * width + (128 << 20)
+    assert extra[1] - extra[0] <= 24_576 * (width * 2 + 400)
