@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
             if repeat >= args.warmup:
                 results[name]["samples_s"].append(seconds)
                 results[name]["extra_bytes"].append(extra)
-    for process, link in workers.values():
-        link.send("stop")
+    for name, (process, link) in workers.items():
+        if name in alive:
+            link.send("stop")
         process.join()
     record = _record(args, results)
     _print_table(record)
@@ -117,12 +118,10 @@ def _worker(name: str, spec: dict[str, Any], link: Connection) -> None:
         return
     agrees = all(error <= LARGEST_ERROR[spec["dtype"]] for error in errors)
     link.send({"error": None, "errors": errors, "agrees": agrees if errors else None})
-    # From here as in training: freed memory stays with the process. What is kept from call to call counts
-    # as extra.
-    keep_freed_memory()
-    before = _held(device)
+    extra = _extra_bytes(run, device)
+    keep_freed_memory()  # from here as in training: freed memory stays with the process
     while link.recv() == "go":
-        link.send(_measure(run, device, before))
+        link.send((_seconds(run, device), extra))
 
 
 def _errors(found: tuple[torch.Tensor, ...], problem: Problem, mode: str) -> list[float]:
@@ -133,21 +132,28 @@ def _errors(found: tuple[torch.Tensor, ...], problem: Problem, mode: str) -> lis
     return [float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs]
 
 
-def _measure(run: Run, device: str, before: int) -> tuple[float, int]:
-    """Seconds of one call, and its peak in bytes beyond those held before the first."""
+def _extra_bytes(run: Run, device: str) -> int:
+    """Peak of one call in bytes beyond what was held before it; gradients that are its results count."""
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-    start = time.perf_counter()
+    before = _held(device)
     found = run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
     del found
-    return seconds, max(0, peak - before)
+    return max(0, peak - before)
+
+
+def _seconds(run: Run, device: str) -> float:
+    """Wall time of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _held(device: str) -> int:

@@ -39,9 +39,7 @@ class Evaluation:
 
 def evaluate(task: Task, engine: RolloutEngine, config: TrainConfig, *, seed: int) -> Evaluation:
     """Sample one completion per held-out prompt, with the same random numbers whenever the seed is, and score it."""
-    completions = engine.generate(
-        [prompt.token_ids for prompt in task.heldout], 1, task.sampling(config), seed
-    )
+    completions = engine.generate([prompt.token_ids for prompt in task.heldout], 1, task.sampling, seed)
     texts = [task.decode(completion.token_ids) for completion in completions]
     rewards = task.scorer(task.heldout, texts)
     judged = (

@@ -7,7 +7,7 @@ input is one.
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import transformers
@@ -23,6 +23,7 @@ from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import read_summary
 from grpo_fast.run.progress import plain_text
+from grpo_fast.task import tokens_to_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +81,13 @@ class Speaker:
         asked = [{"role": "user", "content": text}] if self.chat else text
         system = self.config.data.system_prompt if self.chat else ""
         [encoded] = tokenize([Row(asked, {}, "prompt")], self.policy.tokenizer, system_prompt=system)
-        rollout = self.config.rollout
-        tokenizer = self.policy.tokenizer
-        vocabulary = tokenizer.get_vocab()
-        sampling = Sampling(
-            temperature=rollout.temperature if temperature is None else temperature,
-            max_new_tokens=rollout.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            min_p=rollout.min_p,
-            stop_token_ids=(
-                *self.policy.stop_token_ids,
-                *(vocabulary[token] for token in rollout.stop_tokens if token in vocabulary),
-            ),
+        tokenizer, rollout = self.policy.tokenizer, self.config.rollout
+        if temperature is not None:
+            rollout = replace(rollout, temperature=temperature)
+        if max_new_tokens is not None:
+            rollout = replace(rollout, max_new_tokens=max_new_tokens)
+        sampling = Sampling.of(
+            rollout, [*self.policy.stop_token_ids, *tokens_to_ids(tokenizer, rollout.stop_tokens)]
         )
         limit = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
         given, new = len(encoded.token_ids), sampling.max_new_tokens

@@ -3,7 +3,7 @@
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from grpo_fast.config.resolve import advantage_choice, loss_config, resolve_device, resolve_dtype, run_path
 from grpo_fast.config.settings import TrainConfig
@@ -11,6 +11,8 @@ from grpo_fast.miniature.setup import TRAINING_PROMPTS, tiny_config
 from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.miniature.world import OBJECTIVES
 from grpo_fast.models.memory import MemoryEstimate, count_parameters, memory_estimate
+from grpo_fast.models.policy import SavedPolicy
+from grpo_fast.models.pretrained import load_config
 from grpo_fast.rewards.functions import objective_weights
 from grpo_fast.task import Inputs, Task, load
 
@@ -35,8 +37,8 @@ def _model_configs(config: TrainConfig) -> tuple[PreTrainedConfig, PreTrainedCon
         settings, tokenizer = config.miniature, build_tokenizer()
         small = tiny_config(settings, tokenizer)
         return small, small
-    reward = AutoConfig.from_pretrained(config.reward.model) if config.reward.model else None
-    return AutoConfig.from_pretrained(config.policy.model), reward
+    reward = load_config(config.reward.model, "reward model") if config.reward.model else None
+    return SavedPolicy.read(config.policy.model).config, reward
 
 
 def _memory(config: TrainConfig, policy: PreTrainedConfig, reward: PreTrainedConfig | None) -> MemoryEstimate:

@@ -44,7 +44,7 @@ def collect(
     group_size = config.rollout.group_size
     with timer("generate"):
         token_ids = [prompt.token_ids for prompt in prompts]
-        completions = engine.generate(token_ids, group_size, task.sampling(config), seed)
+        completions = engine.generate(token_ids, group_size, task.sampling, seed)
         texts = [task.decode(completion.token_ids) for completion in completions]
     prompt_of = [index for index in range(len(prompts)) for _ in range(group_size)]
     with timer("reward"):

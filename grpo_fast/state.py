@@ -14,7 +14,7 @@ from grpo_fast.evaluate import Evaluation
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
 from grpo_fast.run import checkpoint
-from grpo_fast.run.metrics import RunLogger, write_atomically
+from grpo_fast.run.metrics import RunLogger, read_summary, write_atomically
 
 EVALUATION_FILE = "evaluation_before.json"
 
@@ -59,14 +59,18 @@ def restore(run_dir: Path, policy: Policy, optimizer: Optimizer) -> int:
     return int(state["step"])
 
 
-def resumed_logger(run_dir: Path, *, wandb_project: str | None) -> RunLogger:
-    """Reopen a run's folder at the point its files allow to go on from."""
+def resumed_logger(run_dir: Path, *, steps: int, wandb_project: str | None) -> RunLogger:
+    """Reopen a run's folder at the point its files allow to go on from; UserError when its `steps` are done."""
     path = checkpoint.latest(run_dir)
     if path is not None:
         if problem := checkpoint.verify(path):
             checkpoint.load(path)  # raises with the way out
             raise AssertionError(problem)
         phase, step = "grpo", int(path.name.removeprefix("step-"))
+        if step >= steps and (read_summary(run_dir) or {}).get("status") == "finished":
+            raise UserError(
+                f"run {run_dir} is finished, {step} steps of {steps}: give more with --run.steps to train it further"
+            )
     elif (run_dir / EVALUATION_FILE).is_file():
         phase, step = "grpo", 0
     elif (run_dir / "reward_model" / "quality.json").is_file():

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from grpo_fast.config.resolve import check_paths, loss_config, resolve_device, resolve_dtype
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.engines.base import Sampling
 from grpo_fast.errors import UserError
-from grpo_fast.models.policy import LoraSettings, Policy
+from grpo_fast.models.policy import LoraSettings, Policy, SavedPolicy
 from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights, reward_model_heads
 from grpo_fast.scoring import Scorer
@@ -23,6 +25,7 @@ class Task:
 
     policy: Policy
     scorer: Scorer
+    sampling: Sampling
     prompts: list[Prompt]
     heldout: list[Prompt]
     judge: Judge | None = None
@@ -32,18 +35,6 @@ class Task:
     def decode(self, token_ids: list[int]) -> str:
         """A completion's text, special tokens left out."""
         return str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=True))
-
-    def sampling(self, config: TrainConfig) -> Sampling:
-        """How completions are drawn, with every token that ends one."""
-        rollout = config.rollout
-        return Sampling(
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            min_p=rollout.min_p,
-            stop_token_ids=(*self.policy.stop_token_ids, *_token_ids(self.policy, rollout.stop_tokens)),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,31 +74,36 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
     """
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
-    settings = config.policy
-    policy = Policy.load(
-        settings.model,
-        dtype=dtype,
-        device=device,
-        lora=lora_settings(config),
-        gradient_checkpointing=settings.gradient_checkpointing,
-    )
-    policy.self_check()
+    saved = SavedPolicy.read(config.policy.model)
     prompts, heldout = (
         tokenize(
             rows,
-            policy.tokenizer,
+            saved.tokenizer,
             max_prompt_tokens=config.data.max_prompt_tokens,
             system_prompt=config.data.system_prompt,
         )
         for rows in (inputs.training, inputs.heldout)
     )
-    _token_ids(policy, config.rollout.stop_tokens)
-    _check_length(policy, [*prompts, *heldout], config.rollout.max_new_tokens)
+    stop_token_ids = tokens_to_ids(saved.tokenizer, config.rollout.stop_tokens)
+    _check_length(saved, [*prompts, *heldout], config.rollout.max_new_tokens)
+    policy = Policy.load(
+        saved,
+        dtype=dtype,
+        device=device,
+        lora=lora_settings(config),
+        gradient_checkpointing=config.policy.gradient_checkpointing,
+    )
+    policy.self_check()
     reward_model = (
         RewardModel.load(config.reward.model, device=device, dtype=dtype) if config.reward.model else None
     )
-    scorer = Scorer.create(config.reward, reward_model, inputs.functions)
-    return Task(policy=policy, scorer=scorer, prompts=prompts, heldout=heldout)
+    return Task(
+        policy=policy,
+        scorer=Scorer.create(config.reward, reward_model, inputs.functions),
+        sampling=Sampling.of(config.rollout, [*policy.stop_token_ids, *stop_token_ids]),
+        prompts=prompts,
+        heldout=heldout,
+    )
 
 
 def lora_settings(config: TrainConfig) -> LoraSettings | None:
@@ -126,22 +122,30 @@ def lora_settings(config: TrainConfig) -> LoraSettings | None:
 def _rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     data = config.data
     rows = read_rows(data.prompts, prompt_column=data.prompt_column, split=data.split)
-    if not data.eval_prompts:
-        return hold_out(rows, data.eval_size)
-    held = read_rows(data.eval_prompts, prompt_column=data.prompt_column, split=data.eval_split)
-    return rows, spaced(held, data.eval_size)
+    if data.eval_prompts:
+        held = read_rows(data.eval_prompts, prompt_column=data.prompt_column, split=data.eval_split)
+        held = spaced(held, data.eval_size)
+    else:
+        rows, held = hold_out(rows, data.eval_size)
+    if len(rows) < config.rollout.prompts_per_step:
+        raise UserError(
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step}, but there are only {len(rows)} prompts "
+            "to train on: lower it, or give more prompts"
+        )
+    return rows, held
 
 
-def _token_ids(policy: Policy, tokens: tuple[str, ...]) -> list[int]:
-    vocabulary = policy.tokenizer.get_vocab()
+def tokens_to_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Ids of `rollout.stop_tokens`; UserError for what is not one token."""
+    vocabulary = tokenizer.get_vocab()
     for token in tokens:
         if token not in vocabulary:
             raise UserError(f"rollout.stop_tokens: {token!r} is not one token of the policy's tokenizer")
     return [vocabulary[token] for token in tokens]
 
 
-def _check_length(policy: Policy, prompts: list[Prompt], max_new_tokens: int) -> None:
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+def _check_length(saved: SavedPolicy, prompts: list[Prompt], max_new_tokens: int) -> None:
+    limit = getattr(saved.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise UserError(

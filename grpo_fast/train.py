@@ -132,7 +132,7 @@ def _command(argv: list[str] | None) -> int:
         return 0
     wandb = "grpo_fast" if config.run.wandb else None
     if asked.resume:
-        logger = resumed_logger(asked.resume, wandb_project=wandb)
+        logger = resumed_logger(asked.resume, steps=config.run.steps, wandb_project=wandb)
     else:
         logger = RunLogger.create(run_path(config), config_toml=to_toml(config), wandb_project=wandb)
     with Run(logger) as run:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_fast.data.prompts import PromptSampler, Row, hold_out, load_prompts, read_rows, spaced, tokenize
+from grpo_fast.data.prompts import PromptSampler, Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.errors import UserError
 
 TEMPLATE = (
@@ -93,9 +93,9 @@ def test_chat_messages(tmp_path: Path):
         (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', ":2: not UTF-8 text (byte 0xff)"),
         (
             '{"promt": "a", "b": 1}',
-            ":1: no column 'prompt', there are promt, b; did you mean data.prompt_column = promt?",
+            ":1: no column 'prompt' (data.prompt_column), there are promt, b; did you mean promt?",
         ),
-        ("{}", ":1: no column 'prompt', there are none"),
+        ("{}", ":1: no column 'prompt' (data.prompt_column), there are none"),
         ('{"prompt": 5}', ":1: prompt must be a text or a list of chat messages, got 5"),
         ('{"prompt": null}', ":1: prompt must be a text or a list of chat messages, got null"),
         ('{"prompt": []}', ":1: prompt must be a text or a list of chat messages, got []"),
@@ -183,11 +183,11 @@ def test_a_damaged_parquet_file_gives_rows_or_a_user_error(
 
 def test_tokenize_plain_and_chat(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
     source = written(tmp_path / "a.jsonl", '{"prompt": "hi", "k": 1}\n' + json.dumps({"messages": CHAT}))
-    plain, chat = load_prompts(source, tokenizer)
+    plain, chat = tokenize(read_rows(source), tokenizer)
     assert (plain.text, plain.messages, plain.columns) == ("hi", None, {"k": 1})
     assert chat.text == "<user>hello<assistant>" and chat.messages == CHAT
     assert [tokenizer.decode(prompt.token_ids) for prompt in (plain, chat)] == [plain.text, chat.text]
-    with_system = load_prompts(source, tokenizer, system_prompt="be kind")
+    with_system = tokenize(read_rows(source), tokenizer, system_prompt="be kind")
     assert [prompt.text for prompt in with_system] == [
         "<system>be kind<user>hi<assistant>",
         "<system>be kind<user>hello<assistant>",

@@ -61,7 +61,7 @@ def test_a_run_folder_holds_what_was_logged(tmp_path):
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=f"already exists: use another --name, .* --resume {tmp_path / 'r'}"):
+    with pytest.raises(UserError, match=f"already exists; go on with it: --resume {tmp_path / 'r'}"):
         create(tmp_path / "r")
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["mine.txt"]
 

@@ -57,14 +57,15 @@ class _Help(TrainConfig):
     """Align a language model on several objectives at once with Group Relative Policy Optimization.
 
     Without an argument: the miniature, which downloads nothing and takes minutes on a CPU. Every flag is
-    also a key of the TOML file: --optim.lr is lr under [optim]. One weight alone: --reward.weights.NAME 2.
+    also a key of the TOML file: --optim.lr is lr under [optim]. One weight alone: --reward.weights.NAME 2;
+    none of a file's weights: --reward.weights with nothing after it.
     """
 
-    config: Path | None = None
+    config: str = ""
     """TOML file with settings; flags given beside it win."""
     dry_run: bool = False
     """Load and check everything, print the plan, stop."""
-    resume: Path | None = None
+    resume: str = ""
     """Folder of an interrupted run: go on from its last checkpoint with its settings."""
 
 

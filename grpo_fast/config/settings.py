@@ -5,8 +5,7 @@ The sections are the tables of the TOML file and the prefixes of the flags: `opt
 its `--help`. The defaults are those of the miniature, the run that needs no download.
 
 Building a `TrainConfig` checks it: a value out of range or two settings that contradict each other raise
-`FieldError`, which names the field. This module imports nothing heavy, so a typing error is answered at
-once.
+`FieldError`, which names the field. Nothing here needs torch.
 """
 
 from __future__ import annotations

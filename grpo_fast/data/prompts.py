@@ -50,20 +50,6 @@ class Prompt:
     """The other columns of the row, for reward functions and reports."""
 
 
-def load_prompts(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt_column: str = "prompt",
-    split: str = "train",
-    max_prompt_tokens: int | None = None,
-    system_prompt: str = "",
-) -> list[Prompt]:
-    """`read_rows` and `tokenize` in one go."""
-    rows = read_rows(source, prompt_column=prompt_column, split=split)
-    return tokenize(rows, tokenizer, max_prompt_tokens=max_prompt_tokens, system_prompt=system_prompt)
-
-
 def read_rows(source: str, *, prompt_column: str = "prompt", split: str = "train") -> list[Row]:
     """The rows of a .jsonl, .json, .parquet or .csv file, or of a hub data set (`id` or `id:subset`).
 
@@ -175,8 +161,10 @@ def _row(columns: dict[str, Any], prompt_column: str, where: str) -> Row:
     name = prompt_column if prompt_column in columns or "messages" not in columns else "messages"
     if name not in columns:
         there = ", ".join(map(str, columns)) or "none"
-        hint = did_you_mean(name, map(str, columns), prefix="data.prompt_column = ")
-        raise UserError(one_line(f"{where}: no column {name!r}, there are {there}{hint}"))
+        hint = did_you_mean(name, map(str, columns))
+        raise UserError(
+            one_line(f"{where}: no column {name!r} (data.prompt_column), there are {there}{hint}")
+        )
     value = columns[name]
     if isinstance(value, str):
         _check_text(value, where, name)

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from grpo_fast.config.settings import RolloutSettings
 from grpo_fast.errors import UserError
 
 
@@ -39,6 +40,18 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p must lie between 0 and 1, got {self.min_p}")
+
+    @classmethod
+    def of(cls, settings: RolloutSettings, stop_token_ids: Iterable[int]) -> Sampling:
+        """A run's settings, and every token that ends a completion."""
+        return cls(
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            stop_token_ids=tuple(stop_token_ids),
+        )
 
     @property
     def truncates(self) -> bool:

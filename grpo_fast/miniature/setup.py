@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from grpo_fast.config.resolve import resolve_device, resolve_dtype
 from grpo_fast.config.settings import MiniatureSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, tokenize
+from grpo_fast.engines.base import Sampling
 from grpo_fast.miniature import world
 from grpo_fast.miniature.judge import is_refusal, judge
 from grpo_fast.miniature.tokenizer import END, PAD, build_tokenizer
@@ -23,7 +24,7 @@ from grpo_fast.rewards.functions import RewardFunctions
 from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import write_atomically
 from grpo_fast.scoring import Scorer
-from grpo_fast.task import Task, lora_settings
+from grpo_fast.task import Task, lora_settings, tokens_to_ids
 
 TRAINING_PROMPTS = 4096
 HELD_OUT_LABELS = 600
@@ -57,6 +58,10 @@ def prepare(config: TrainConfig, functions: RewardFunctions | None, run: Run) ->
     return Task(
         policy=policy,
         scorer=Scorer.create(config.reward, reward_model, functions),
+        sampling=Sampling.of(
+            config.rollout,
+            [*policy.stop_token_ids, *tokens_to_ids(policy.tokenizer, config.rollout.stop_tokens)],
+        ),
         prompts=prompts("train", TRAINING_PROMPTS, config.seed, policy.tokenizer),
         heldout=prompts("heldout", config.data.eval_size, config.seed, policy.tokenizer),
         judge=true_scores,

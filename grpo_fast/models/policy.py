@@ -20,7 +20,7 @@ from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.errors import UserError
@@ -40,6 +40,37 @@ class LoraSettings:
     """Scale: the update is multiplied by alpha / rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names of the linear layers that get an adapter; "all-linear" is every one except the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPolicy:
+    """What a saved policy says of itself before any weight is read."""
+
+    path: str
+    """As the user gave it."""
+    base: str
+    """Folder or hub id of the model itself."""
+    adapter: str | None
+    """Folder of a LoRA adapter that is put on it."""
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def read(cls, path: str | Path) -> SavedPolicy:
+        """A saved model folder, a hub id, or the folder of a saved adapter.
+
+        Raises UserError for a folder that is no model, a reward model, and a tokenizer that does not fit.
+        """
+        source = pretrained.locate(path, "model", needs=("config.json", "adapter_config.json"))
+        adapter = source if (Path(source) / "adapter_config.json").is_file() else None
+        base = str(PeftConfig.from_pretrained(source).base_model_name_or_path) if adapter else source
+        config = pretrained.load_config(base, "model")
+        for name in config.architectures or ():
+            if name.endswith("ForSequenceClassification"):
+                raise UserError(f"model {path}: is a {name}; a causal language model is needed")
+        tokenizer = pretrained.load_tokenizer(source if _has_tokenizer(source) else base, "model")
+        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
+        return cls(path=str(path), base=base, adapter=adapter, config=config, tokenizer=tokenizer)
 
 
 class Policy(nn.Module):
@@ -69,7 +100,7 @@ class Policy(nn.Module):
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | SavedPolicy,
         *,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
@@ -78,41 +109,34 @@ class Policy(nn.Module):
     ) -> Policy:
         """A saved model folder, a hub id, or a folder of a saved adapter (then training goes on with it).
 
-        Raises UserError for a folder that is no model, a checkpoint that is incomplete or a reward model, a
-        tokenizer that does not fit, and an architecture that cannot be packed.
+        Raises UserError for what `SavedPolicy.read` refuses, for a checkpoint that is incomplete, and for an
+        architecture that cannot be packed.
         """
-        source = pretrained.locate(path, "model", needs=("config.json", "adapter_config.json"))
-        base = source
-        adapter = (Path(source) / "adapter_config.json").is_file()
-        if adapter:
-            if lora is not None:
-                raise UserError(
-                    f"model {path}: holds an adapter already; leave the LoRA settings out to train it on"
-                )
-            base = str(PeftConfig.from_pretrained(source).base_model_name_or_path)
-        config = pretrained.load_config(base, "model")
-        for name in config.architectures or ():
-            if name.endswith("ForSequenceClassification"):
-                raise UserError(f"model {path}: is a {name}; a causal language model is needed")
-        tokenizer = pretrained.load_tokenizer(source if _has_tokenizer(source) else base, "model")
-        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
+        saved = path if isinstance(path, SavedPolicy) else SavedPolicy.read(path)
+        if saved.adapter and lora is not None:
+            raise UserError(
+                f"model {saved.path}: holds an adapter already; leave the LoRA settings out to train it on"
+            )
         model = pretrained.load_model(
             AutoModelForCausalLM,
-            base,
+            saved.base,
             "model",
-            config=config,
+            config=saved.config,
             dtype=pretrained.as_dtype(dtype),
             device=pretrained.as_device(device),
         )
-        if not adapter:
-            return cls.from_model(model, tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing)
+        if not saved.adapter:
+            return cls.from_model(
+                model, saved.tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing
+            )
         try:
             wrapped = PeftModel.from_pretrained(
-                model, source, is_trainable=True, autocast_adapter_dtype=False
+                model, saved.adapter, is_trainable=True, autocast_adapter_dtype=False
             )
         except Exception as error:  # peft and safetensors raise several unrelated kinds for a broken adapter
-            raise UserError(f"model {path}: cannot read the adapter: {pretrained.one_line(error)}") from error
-        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing)
+            what = pretrained.one_line(error)
+            raise UserError(f"model {saved.path}: cannot read the adapter: {what}") from error
+        return cls._finish(model, saved.tokenizer, wrapped, gradient_checkpointing)
 
     @classmethod
     def from_model(

@@ -78,6 +78,11 @@ def load_config(path: str | Path, what: str, **overrides: Any) -> PreTrainedConf
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
+        if isinstance(error, OSError) and not Path(path).exists():
+            raise UserError(
+                f"{what} {path}: no such folder here, and no model of that id could be read from the hub; give "
+                "the folder of a saved model, or a hub id with the network on"
+            ) from error
         raise UserError(f"{what} {path}: cannot read its configuration: {one_line(error)}") from error
 
 

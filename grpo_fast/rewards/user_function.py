@@ -43,7 +43,9 @@ def load_function(spec: str) -> Callable[..., Any]:
             raise UserError(f"reward function {spec}: {module_name} has no {attribute}{hint}")
         found = getattr(found, part)
     if not callable(found):
-        raise UserError(f"reward function {spec}: {attribute} is a {type(found).__name__}, not a function")
+        raise UserError(
+            f"reward function {spec}: {attribute} must be a function, it is of type {type(found).__name__}"
+        )
     return found
 
 
@@ -64,15 +66,21 @@ class RewardFunction:
         self._name = spec.rpartition(":")[2]
         self._known: set[str] | None = None
         try:
-            parameters = inspect.signature(function).parameters.values()
+            parameters = list(inspect.signature(function).parameters.values())
+            self._takes_all = any(item.kind is item.VAR_KEYWORD for item in parameters)
         except ValueError:  # built-in functions without a signature
-            parameters = []
-        self._takes_all = not parameters or any(item.kind is item.VAR_KEYWORD for item in parameters)
+            parameters, self._takes_all = [], True
         named = [item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
         self._takes = {item.name for item in named}
         self._needs = [item.name for item in named if item.default is item.empty]
         if any(item.kind is item.POSITIONAL_ONLY and item.default is item.empty for item in parameters):
             raise UserError(f"reward function {spec}: its arguments must be accepted by name")
+        if not self._takes_all and "completions" not in self._takes:
+            takes = ", ".join(self._takes) or "nothing"
+            raise UserError(
+                f"reward function {spec}: must take completions (and may take prompts and the data's other "
+                f"columns), it takes {takes}{did_you_mean('completions', self._takes)}"
+            )
 
     def bind(self, arguments: dict[str, list[Any]]) -> Callable[[], Any]:
         """A call with those of the arguments it takes; each call gets lists of its own."""

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,6 @@ from grpo_fast.errors import UserError
 
 PHASES = ("warm_start", "reward_model", "grpo")  # in the order a run goes through them
 _CLOCK_KEYS = ("time_s", "tokens_per_s", "memory_gib")
-
-
-def refuse_existing(run_dir: Path | str) -> None:
-    """UserError when the folder of a new run is already there."""
-    if Path(run_dir).exists():
-        raise UserError(
-            f"run folder {run_dir} already exists: use another --name, or go on with it: --resume {run_dir}"
-        )
 
 
 class RunLogger:
@@ -43,6 +35,7 @@ class RunLogger:
         self.path = path
         self.phase_s: dict[str, float] = {}
         self._untouched = new
+        self._made_parent = False
         self._step_phase_s: dict[str, float] = {}
         self._running: list[str] = []  # names of the phase timers now open, outermost first
         earlier = read_rows(path / "metrics.jsonl")
@@ -69,13 +62,17 @@ class RunLogger:
         path = Path(run_dir)
         if wandb_project:
             _import_wandb()
-        refuse_existing(path)
+        made_parent = not path.parent.exists()
         try:
             path.mkdir(parents=True)
             (path / "config.toml").write_text(config_toml, encoding="utf-8")
+        except FileExistsError:
+            raise UserError(f"run folder {path} already exists; go on with it: --resume {path}") from None
         except OSError as error:
             raise UserError(f"cannot create run folder {path}: {error.strerror or error}") from error
-        return cls(path, wandb_project=wandb_project, phase=PHASES[0], step=0, new=True)
+        logger = cls(path, wandb_project=wandb_project, phase=PHASES[0], step=0, new=True)
+        logger._made_parent = made_parent
+        return logger
 
     @classmethod
     def resume(
@@ -119,6 +116,9 @@ class RunLogger:
             self._wandb.finish(exit_code=int(failed))
         if failed and self._untouched:
             shutil.rmtree(self.path, ignore_errors=True)
+            if self._made_parent:
+                with suppress(OSError):  # another run is in there by now
+                    self.path.parent.rmdir()
 
     @property
     def wall_s(self) -> float:

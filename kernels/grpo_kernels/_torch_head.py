@@ -6,8 +6,13 @@ possible: its reference, the target's own logit, is known before the first block
 found first. Only the dW product must wait for the row sums; the exponentials of one chunk are kept for it,
 and nothing else.
 
+The exponential is exp2(x log2 e), the factor put on when the reference is off: on the CPU exp2 takes 0.6 of the
+time of exp.
+
 N tokens, n of a chunk, H hidden size, V vocabulary, E exponentials as in ``kernels/README.md``.
 """
+
+import math
 
 from dataclasses import dataclass
 
@@ -19,6 +24,7 @@ from ._head import Coefficients, Head, HeadOutput, Needs, chunk_rows, run_chunks
 SCRATCH_BYTES = 128 << 20  # kept exponentials of one chunk
 BLOCK_BYTES = 2 << 20  # one column block
 MOST_ROWS = 1024  # beyond this the products gain nothing and the blocks leave the cache
+LOG2_E, LN_2 = 1 / math.log(2), math.log(2)
 LARGEST_SUM = 2.0**60  # a row sum beyond this is redone against the row maximum
 LOWEST_BIAS = -1e30  # stands for -inf: its exponential is 0, and 0 · LOWEST_BIAS is no NaN
 
@@ -127,33 +133,30 @@ class _TorchSteps:
         product = torch.zeros_like(hidden) if finish_product else None
         # Σ E′ z is (E′ W)·h where z is linear in h: with dX at hand the entropy costs no further pass.
         entropy_from_product = finish_product and head.softcap is None
-        scaled = hidden * head.scale if head.softcap is None else hidden
-        shift = reference.unsqueeze(1)
+        shift = -reference.unsqueeze(1)
         for index, (first, last) in enumerate(self.blocks):
             block = self._view(self.exponentials, n, first, last)
-            temporary = self._view(self.temporary, n, first, last)
+            # The entropy's second sum needs the exponents beside their exponentials.
+            exponents = block if entropy_from_product else self._view(self.temporary, n, first, last)
             slope = None
             if head.softcap is None:
-                torch.mm(scaled, self._weight(first, last).t(), out=block)
+                weight = self._weight(first, last).t()
+                torch.addmm(shift, hidden, weight, alpha=head.scale, out=exponents)
                 if self.bias is not None:
-                    block.add_(self.bias[first:last] * head.scale)
+                    exponents.add_(self.bias[first:last] * head.scale)
             else:
-                bent = self._logits(hidden, first, last, block).div_(head.softcap).tanh_()
+                bent = self._logits(hidden, first, last, exponents).div_(head.softcap).tanh_()
                 slope = 1.0 - bent * bent
-                bent.mul_(head.softcap * head.scale)
-            block.sub_(shift)
+                bent.mul_(head.softcap * head.scale).add_(shift)
+            targets.clear(torch.exp2(exponents.mul_(LOG2_E), out=block), index)
+            others += block.sum(1)
             if entropy_from_product:
-                targets.clear(block.exp_(), index)
-                others += block.sum(1)
                 if self.bias is not None:
                     spread.addmv_(block, self.bias[first:last], alpha=head.scale)
             else:
-                temporary.copy_(block)
-                targets.clear(block.exp_(), index)
-                others += block.sum(1)
-                spread += temporary.mul_(block).sum(1)
+                spread += exponents.mul_(block).sum(1)
                 if self.weighted is not None:
-                    weighted = self._view(self.weighted, n, first, last).copy_(temporary)
+                    weighted = self._view(self.weighted, n, first, last).copy_(exponents)
                     if slope is not None:
                         weighted.mul_(slope)
                 if slope is not None:
@@ -166,12 +169,12 @@ class _TorchSteps:
             product.addcmul_(own_weight, (others * own_slope).unsqueeze(1), value=-1.0)
         if entropy_from_product:
             assert product is not None
-            spread += (product * scaled).sum(1)
+            spread += (product * hidden).sum(1) * head.scale
             if self.bias is not None:
                 spread -= others * self.bias[targets.tokens] * head.scale
             mean_exponent = spread / total + own_exponent
         else:
-            mean_exponent = (spread + own * own_exponent) / total
+            mean_exponent = (spread * LN_2 + own * own_exponent) / total
         # others/own is exact where the target is nearly certain; the other form where own underflows.
         rare = own_exponent < -40.0
         logprobs = torch.where(rare, own_exponent - total.log(), -torch.log1p(others / own))
@@ -200,7 +203,7 @@ class _TorchSteps:
             for first, last in self.blocks:
                 block = self._view(self.exponentials, n, first, last)
                 weighted = self._view(self.weighted, n, first, last)
-                block.mul_(direct.unsqueeze(1)).addcmul_(weighted, by_entropy.unsqueeze(1))
+                block.mul_(direct.unsqueeze(1)).addcmul_(weighted, (by_entropy * LN_2).unsqueeze(1))
             pull = by_entropy * chunk.own * (chunk.own_exponent - chunk.mean_exponent)
             own_value = by_logprob * own_value + pull * chunk.own_slope
             row_factor = -self.head.scale / chunk.total
@@ -223,7 +226,7 @@ class _TorchSteps:
     ) -> None:
         """Adds the chunk's share to beta times dW (V, H) and db (V,)."""
         scaled = chunk.hidden * row_factor.unsqueeze(1)
-        for first, last in self.blocks:
+        for first, last in reversed(self.blocks):  # the last ones may still be in cache
             block = self._view(self.exponentials, len(scaled), first, last).t()
             if d_weight is not None:
                 d_weight[first:last].addmm_(block, scaled, beta=beta)
