@@ -13,7 +13,6 @@ N tokens, n of a chunk, H hidden size, V vocabulary, E exponentials as in ``kern
 """
 
 import math
-
 from dataclasses import dataclass
 
 import torch
