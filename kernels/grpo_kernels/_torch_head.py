@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ._head import Coefficients, Head, HeadOutput, Needs, chunk_rows, run_chunks
 
-SCRATCH_BYTES = 128 << 20  # kept exponentials of one chunk
+SCRATCH_BYTES = 200 << 20  # kept exponentials of one chunk
 BLOCK_BYTES = 2 << 20  # one column block
 MOST_ROWS = 1024  # beyond this the products gain nothing and the blocks leave the cache
 LOG2_E, LN_2 = 1 / math.log(2), math.log(2)
