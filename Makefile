@@ -27,7 +27,8 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.ready-dev
-	$(BIN)/python -m benchmarks.loss_head --output benchmarks/results/loss-head-cpu.json $(ARGS)
+	for mode in trained frozen forward; do $(BIN)/python -m benchmarks.loss_head --mode $$mode \
+		--output benchmarks/results/loss-head-cpu-$$mode.json $(ARGS) || exit 1; done
 
 gpu-test:
 	$(GPU_ENV) $(GPU_PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)

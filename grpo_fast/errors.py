@@ -17,6 +17,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     def likeness(candidate: str) -> float:
         whole = SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
         tail = SequenceMatcher(None, name.lower().rpartition(".")[2], candidate.lower().rpartition(".")[2])
+        if tail.ratio() < 0.5:  # the same section alone is no likeness
+            return 0.0
         return max(whole, 0.99 * tail.ratio()) + 1e-3 * whole
 
     best = max(sorted(set(known)), key=likeness, default=None)

@@ -116,6 +116,7 @@ def lora_settings(config: TrainConfig) -> LoraSettings | None:
         rank=settings.lora_rank,
         alpha=settings.lora_alpha,
         target_modules="all-linear" if every else settings.lora_targets,
+        seed=config.seed,
     )
 
 

@@ -192,7 +192,7 @@ def test_names_may_not_change_or_clash():
         ("wrong_rewards:f", "importing wrong_rewards failed: SyntaxError"),
         ("raising_rewards:f", r"ZeroDivisionError: division by zero \(.*raising_rewards.py:2\)"),
         ("my_rewards:lenght", "my_rewards has no lenght; did you mean length"),
-        ("my_rewards:constant", "constant is a int, not a function"),
+        ("my_rewards:constant", "constant must be a function, it is of type int"),
         ("my_rewards:late.nothing", "my_rewards has no late.nothing"),
     ],
 )

@@ -38,6 +38,8 @@ _ELSEWHERE = {
     "scale_rewards": "advantage.scale",
     "dataset_name": "data.prompts",
     "model_name_or_path": "policy.model",
+    "dir": "output_dir",
+    "run_name": "name",
     "lora_r": "policy.lora_rank",
     "lora_target_modules": "policy.lora_targets",
 }

@@ -40,6 +40,8 @@ class LoraSettings:
     """Scale: the update is multiplied by alpha / rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names of the linear layers that get an adapter; "all-linear" is every one except the head."""
+    seed: int = 0
+    """Of the adapter's first weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +132,10 @@ class Policy(nn.Module):
                 model, saved.tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing
             )
         try:
-            wrapped = PeftModel.from_pretrained(
-                model, saved.adapter, is_trainable=True, autocast_adapter_dtype=False
-            )
+            with _quiet_peft():
+                wrapped = PeftModel.from_pretrained(
+                    model, saved.adapter, is_trainable=True, autocast_adapter_dtype=False
+                )
         except Exception as error:  # peft and safetensors raise several unrelated kinds for a broken adapter
             what = pretrained.one_line(error)
             raise UserError(f"model {saved.path}: cannot read the adapter: {what}") from error
@@ -314,16 +317,22 @@ def _add_lora(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # peft asks for a property transformers renamed; tied heads are refused below
-            warnings.simplefilter("ignore")
+        with _quiet_peft(), torch.random.fork_rng():
+            torch.manual_seed(lora.seed)
             # Adapters in the model's own dtype: the optimizer keeps the float32 copies.
             wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora target_modules {targets}: {pretrained.one_line(error)}") from error
     assert isinstance(wrapped, PeftModel)
     return wrapped
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without peft's warnings: of a property that transformers renamed, and of tied heads, refused by name below."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _refuse_lora_on_head(model: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
         code = 1
     except (
         OSError
-    ) as error:  # a full disk, a folder that may not be written: nothing a traceback would explain
+    ) as error:  # a full disk, a folder that may not be written: a traceback would explain nothing
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         code = 2
