@@ -159,7 +159,7 @@ def token_weighted(losses: list[Tensor], batches: list[dict[str, Tensor]]) -> di
     """Metrics of a step from those of its micro-batches: maxima of `*_max`, token-weighted means of the rest."""
     if not batches:
         return {"loss": 0.0, "trained_tokens": 0.0}
-    names = [name for name in batches[0] if name != "tokens"]
+    names = [name for name in batches[0] if name not in ("tokens", "invalid_targets")]
     rows = [torch.stack([batch[name].float() for name in ["tokens", *names]]) for batch in batches]
     table = torch.stack(rows).cpu().double()  # (micro-batches, 1 + metrics): the step's one synchronisation
     tokens = table[:, 0]

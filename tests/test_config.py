@@ -237,7 +237,7 @@ def test_help_shows_every_flag():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid(path: Path):
     config = parse(["--config", str(path)]).config
-    assert loss_config(config) and advantage_choice(config)
+    assert loss_config(config) == LossConfig.preset("grpo") and advantage_choice(config) == ("gdpo", "group")
     if path.stem == "miniature":
         assert config == TrainConfig()
         return

@@ -8,7 +8,7 @@ import torch
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob, reference
 from torch.profiler import ProfilerActivity, profile
 
-N, H, V = 320, 8, 150_001
+N, H, V = 640, 8, 150_001
 LOGITS = N * V * 4
 
 

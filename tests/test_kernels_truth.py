@@ -170,6 +170,7 @@ def test_loss_head_in_float64(config: LossConfig, trained: str):
         gradients = torch.autograd.grad(2.0 * loss, [inputs[i] for i in asked])
     assert loss.item() == pytest.approx(truth.loss, rel=1e-10)
     assert_close(gradients, [2.0 * wanted[i] for i in asked], 1e-10)
+    assert metrics.pop("invalid_targets").item() == 0
     assert metrics.keys() == truth.metrics.keys()
     for name, value in metrics.items():
         assert value.item() == pytest.approx(truth.metrics[name], rel=1e-5), name

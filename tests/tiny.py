@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
-    Gemma2ForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from grpo_fast.miniature.tokenizer import build_tokenizer
@@ -55,15 +54,14 @@ def causal_lm(family: str, vocabulary: int, **overrides) -> PreTrainedModel:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     }
-    match family:
-        case "qwen2":
-            return Qwen2ForCausalLM(Qwen2Config(**shape | {"tie_word_embeddings": True} | overrides))
-        case "llama":
-            return LlamaForCausalLM(LlamaConfig(**shape | {"tie_word_embeddings": False} | overrides))
-        case "gemma2":
-            softcaps = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window": 8}
-            return Gemma2ForCausalLM(Gemma2Config(**shape | {"head_dim": 8} | softcaps | overrides))
-    raise ValueError(family)
+    softcaps = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window": 8}
+    kind, own = {
+        "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+        "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+        "gemma2": (Gemma2Config, {"head_dim": 8, **softcaps}),
+    }[family]
+    config: PreTrainedConfig = kind(**(shape | own | overrides))
+    return AutoModelForCausalLM.from_config(config)
 
 
 def save_policy(folder: Path, family: str, **overrides) -> Path:

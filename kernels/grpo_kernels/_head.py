@@ -5,7 +5,9 @@ N tokens, H hidden size, V vocabulary.
 
 import logging
 import math
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, Protocol, TypeVar
@@ -19,6 +21,11 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("grpo_kernels")
 _announced: set[tuple[str, str]] = set()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64 inputs (gradient checks)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Head:
 
     @property
     def accumulate(self) -> torch.dtype:
-        """Dtype of logits, sums and results: float32, or float64 for float64 inputs (gradient checks)."""
-        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        """Dtype of logits, sums and results."""
+        return accumulation_dtype(self.hidden.dtype)
 
     @property
     def scale(self) -> float:
@@ -109,17 +116,28 @@ class Steps(Protocol[Chunk]):
         ...
 
 
-def make_head(
+def autocast_inputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast: the operands in its dtype, as for a linear layer. Results stay float32."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_head(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    *,
-    temperature: float,
     bias: Tensor | None,
+    temperature: float,
     softcap: float | None,
     logit_scale: float,
-) -> Head:
-    """Checks shapes, dtypes, devices and ranges (targets' range only on the CPU: no synchronisation)."""
+    backend: str,
+) -> None:
+    """Shapes, dtypes, devices and ranges: all that needs no tensor's values. Raises ValueError, TypeError."""
     if hidden.ndim != 2:
         raise ValueError(f"hidden must have shape (N, H), got {tuple(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 1:
@@ -144,13 +162,29 @@ def make_head(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-    if (
-        targets.device.type == "cpu"
-        and count
-        and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary
-    ):
-        worst = int(targets.min()) if int(targets.min()) < 0 else int(targets.max())
-        raise ValueError(f"targets must lie in [0, V) = [0, {vocabulary}), got {worst}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+
+
+def make_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> Head:
+    """The checked head. Targets out of range raise on the CPU and, with ``GRPO_KERNELS_DEBUG=1``, everywhere.
+
+    Elsewhere looking for them would stop the host: their log-probs are NaN.
+    """
+    vocabulary = weight.shape[0]
+    if targets.numel() and (targets.device.type == "cpu" or os.environ.get("GRPO_KERNELS_DEBUG") == "1"):
+        low, high = int(targets.min()), int(targets.max())
+        if not 0 <= low <= high < vocabulary:
+            worst = low if low < 0 else high
+            raise ValueError(f"targets must lie in [0, V) = [0, {vocabulary}), got {worst}")
     return Head(hidden, weight, targets.long(), bias, float(temperature), softcap, float(logit_scale))
 
 
@@ -158,10 +192,8 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     """Resolves ``auto``: triton on CUDA if installed, else torch; torch for float64. Logs each choice once.
 
     Raises:
-        ValueError: unknown backend, or one that cannot run on this device or dtype.
+        ValueError: a backend that cannot run on this device or dtype.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend != "auto":
         if backend == "triton" and dtype == torch.float64:
             raise ValueError("backend 'triton' does not take float64; use backend='torch'")
@@ -183,8 +215,12 @@ def chunk_rows(count: int, bytes_per_row: int, budget: int) -> int:
 def run_head(head: Head, needs: Needs, coefficients: Coefficients | None, backend: str) -> HeadOutput:
     """One pass over token chunks on the chosen backend; gradients need coefficients."""
     chosen = choose_backend(backend, head.hidden.device, head.hidden.dtype)
+    device = head.hidden.device
+    current = (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    )  # where kernels are launched
     # Autocast would send the float32 products through a lower precision.
-    with torch.autocast(head.hidden.device.type, enabled=False):
+    with current, torch.autocast(device.type, enabled=False):
         if chosen == "triton":
             from ._triton_head import triton_head  # imports triton, which only this backend needs
 

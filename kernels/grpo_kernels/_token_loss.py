@@ -16,6 +16,27 @@ RATIO_LIMIT = 20.0  # |log ratio| beyond this is clamped and has no gradient
 GAMMA_FLOOR = -18.420680743952367  # log 1e-8
 
 
+def metric_names(config: LossConfig, *, ref: bool, rollout: bool, entropy: bool) -> tuple[str, ...]:
+    """Names of what `evaluate` measures, in a fixed order, given which inputs there are."""
+    names = (
+        "tokens",
+        "clip_low_frac",
+        "clip_high_frac",
+        "ratio_mean",
+        "ratio_max",
+        "clamped_frac",
+        "dropped_frac",
+    )
+    given = {
+        "kl": ref,
+        "entropy": entropy,
+        "mismatch_weight": config.mismatch != "none",
+        "mismatch_mean": rollout,
+        "mismatch_max": rollout,
+    }
+    return (*names, *(name for name, there in given.items() if there))
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What the loss knows of each token before its log-prob. All (N,) tensors of the accumulation dtype."""
@@ -57,6 +78,12 @@ class TokenLoss:
     metrics: dict[str, Tensor]
 
 
+def check_config(config: LossConfig) -> None:
+    """TypeError for anything but a LossConfig."""
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
+
+
 def prepare(
     config: LossConfig,
     count: int,
@@ -72,8 +99,6 @@ def prepare(
     dtype: torch.dtype,
 ) -> Tokens:
     """Checks the arguments that all losses share and brings them to per-token form."""
-    if not isinstance(config, LossConfig):
-        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
     if config.kl_coef != 0.0 and ref_logprobs is None:
         raise ValueError(f"kl_coef = {config.kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
     if config.mismatch != "none" and rollout_logprobs is None:

@@ -13,7 +13,7 @@ N tokens, n of a chunk, H hidden size, V vocabulary, E exponentials as in ``kern
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,12 @@ LOWEST_BIAS = -1e30  # stands for -inf: its exponential is 0, and 0 · LOWEST_BI
 
 def torch_head(head: Head, needs: Needs, coefficients: Coefficients | None) -> HeadOutput:
     """Log-probs and entropies, and the gradients asked for, in one pass over token chunks."""
-    return run_chunks(head, needs, coefficients, _TorchSteps(head, needs))
+    if head.targets.device.type == "cpu":  # they have been looked at
+        return run_chunks(head, needs, coefficients, _TorchSteps(head, needs))
+    last = head.weight.shape[0] - 1
+    inside = replace(head, targets=head.targets.clamp(0, last))
+    output = run_chunks(inside, needs, coefficients, _TorchSteps(inside, needs))
+    return replace(output, logprobs=torch.where(head.targets == inside.targets, output.logprobs, torch.nan))
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._token_loss import Tokens, evaluate, prepare
+from ._token_loss import Tokens, check_config, evaluate, prepare
 from .loss_config import LossConfig
 
 
@@ -60,6 +60,7 @@ def grpo_loss(
         )
     if entropy is not None and entropy.shape != logprobs.shape:
         raise ValueError(f"entropy must have shape (N,) = ({logprobs.shape[0]},), got {tuple(entropy.shape)}")
+    check_config(config)
     tokens = prepare(
         config,
         logprobs.shape[0],

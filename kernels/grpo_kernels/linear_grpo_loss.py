@@ -7,8 +7,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._head import Head, HeadOutput, Needs, make_head, run_head
-from ._token_loss import Tokens, evaluate, prepare
+from ._head import (
+    Head,
+    HeadOutput,
+    Needs,
+    accumulation_dtype,
+    autocast_inputs,
+    check_head,
+    make_head,
+    run_head,
+)
+from ._operators import empty_gradients, scaled
+from ._token_loss import Tokens, check_config, evaluate, metric_names, prepare
 from .loss_config import LossConfig
 
 
@@ -49,28 +59,41 @@ def linear_grpo_loss(
     Raises:
         ValueError, TypeError: as those two. RuntimeError: a second backward through the same result.
     """
-    head = make_head(
-        hidden, weight, targets, temperature=temperature, bias=bias, softcap=softcap, logit_scale=logit_scale
+    check_config(config)
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, backend)
+    leaves = (hidden, weight, bias)
+    needs = [
+        torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
+    ]  # a leaf says requires_grad even under no_grad, and would be paid a gradient
+    number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
+    loss, measured, *_ = _forward(
+        hidden,
+        weight,
+        targets,
+        bias,
+        advantages.detach(),
+        old_logprobs,
+        ref_logprobs,
+        rollout_logprobs,
+        loss_mask,
+        cu_seqlens,
+        tensor,
+        None if number is None else float(number),
+        config.key,
+        float(temperature),
+        softcap,
+        float(logit_scale),
+        backend,
+        needs,
     )
-    tokens = prepare(
-        config,
-        hidden.shape[0],
-        advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        loss_mask=loss_mask,
-        cu_seqlens=cu_seqlens,
-        normalizer=normalizer,
-        device=hidden.device,
-        dtype=head.accumulate,
-    )
-    chosen = _rows_to_compute(config, tokens, advantages, loss_mask, cu_seqlens)
-    metrics: dict[str, Tensor] = {}
-    if not torch.is_grad_enabled():  # a leaf says requires_grad even then, and would be paid a gradient
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    loss = _LinearGrpoLoss.apply(hidden, weight, bias, head, tokens, config, chosen, backend, metrics)
-    return loss, metrics  # type: ignore[return-value]
+    names = _metric_names(config, ref_logprobs, rollout_logprobs)
+    return loss, dict(zip(names, measured.detach().unbind(), strict=True))
+
+
+def _metric_names(config: LossConfig, ref: Tensor | None, rollout: Tensor | None) -> tuple[str, ...]:
+    names = metric_names(config, ref=ref is not None, rollout=rollout is not None, entropy=True)
+    return (*names, "invalid_targets")
 
 
 def _rows_to_compute(
@@ -97,50 +120,104 @@ def _rows_to_compute(
     return None if bool(known.all()) else known.nonzero().squeeze(1).to(active.device, non_blocking=True)
 
 
-class _LinearGrpoLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        tokens: Tokens,
-        config: LossConfig,
-        chosen: Tensor | None,
-        backend: str,
-        metrics: dict[str, Tensor],
-    ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs = Needs(
-            hidden=needs_hidden, weight=needs_weight, bias=needs_bias, entropy=config.entropy_coef != 0.0
-        )
-        head = replace(head, hidden=hidden, weight=weight, bias=bias)
-        if chosen is not None:
-            head = replace(head, hidden=hidden[chosen], targets=head.targets[chosen])
-        output, loss = _one_pass(head, needs, tokens, config, chosen, backend, metrics)
-        d_hidden = output.hidden
-        if d_hidden is not None and chosen is not None:
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, chosen, d_hidden)
-        ctx.gradients = (d_hidden, output.weight, output.bias)
-        return loss
+@torch.library.custom_op("grpo_kernels::linear_grpo_loss", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    normalizer_number: float | None,
+    config_key: str,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics (in the order of their names) and the gradients of hidden, weight and bias."""
+    config = LossConfig.from_key(config_key)
+    head = make_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
+    tokens = prepare(
+        config,
+        hidden.shape[0],
+        advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer_number if normalizer is None else normalizer,
+        device=hidden.device,
+        dtype=head.accumulate,
+    )
+    chosen = _rows_to_compute(config, tokens, advantages, loss_mask, cu_seqlens)
+    if chosen is not None:
+        head = replace(head, hidden=hidden[chosen], targets=head.targets[chosen])
+    metrics: dict[str, Tensor] = {}
+    wanted = Needs(*needs, entropy=config.entropy_coef != 0.0)
+    output, loss = _one_pass(head, wanted, tokens, config, chosen, backend, metrics)
+    metrics["invalid_targets"] = ((targets < 0) | (targets >= weight.shape[0])).sum()
+    names = _metric_names(config, ref_logprobs, rollout_logprobs)
+    measured = torch.stack([metrics[name].to(head.accumulate) for name in names])
+    d_hidden = output.hidden
+    if d_hidden is not None and chosen is not None:
+        d_hidden = torch.zeros_like(hidden).index_copy_(0, chosen, d_hidden)
+    nothing = hidden.new_empty
+    gradients = (nothing(0) if g is None else g for g in (d_hidden, output.weight, output.bias))
+    return (loss, measured, *gradients)  # type: ignore[return-value]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_grpo_loss gives its gradients once; call it again instead of retain_graph"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        # In place: they are large and nobody else holds them. A factor of one is free to skip on the CPU
-        # only, where reading it does not wait for anything.
-        scale = grads[0]
-        if scale.device.type != "cpu" or float(scale) != 1.0:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(scale)
-        return (*gradients, None, None, None, None, None, None)
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    normalizer_number: float | None,
+    config_key: str,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    names = _metric_names(LossConfig.from_key(config_key), ref_logprobs, rollout_logprobs)
+    dtype = accumulation_dtype(hidden.dtype)
+    loss, measured = hidden.new_empty((), dtype=dtype), hidden.new_empty(len(names), dtype=dtype)
+    return (loss, measured, *empty_gradients(hidden, weight, bias, needs))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.needs = inputs[-1]
+
+
+def _differentiate(ctx: Any, by_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if getattr(ctx, "done", False):
+        raise RuntimeError("linear_grpo_loss gives its gradients once; call it again instead of retain_graph")
+    ctx.done = True
+    d_hidden, d_weight, d_bias = (
+        scaled(gradient, by_loss) if need else None
+        for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return (d_hidden, d_weight, None, d_bias, *(None,) * 14)
+
+
+_forward.register_autograd(once_differentiable(_differentiate), setup_context=_save)
 
 
 def _one_pass(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._head import Head, Needs, make_head, run_head
+from ._head import Needs, accumulation_dtype, autocast_inputs, check_head, make_head, run_head
+from ._operators import empty_gradients
 
 
 def linear_logprob(
@@ -33,7 +34,8 @@ def linear_logprob(
     Args:
         hidden: (N, H) float32, bfloat16 or float16 (float64 on the torch backend).
         weight: (V, H) of the same dtype and device.
-        targets: (N,) int32 or int64 in [0, V). Checked on the CPU; on a GPU out of range is undefined.
+        targets: (N,) int32 or int64 in [0, V). Out of range raises on the CPU; on a GPU, where looking would stop
+            the host, the log-prob is NaN, unless the environment says ``GRPO_KERNELS_DEBUG=1``.
         temperature: positive.
         bias: (V,); -inf entries mask tokens that are never targets.
         backend: "torch", "triton", or "auto": triton on CUDA, torch elsewhere.
@@ -44,54 +46,125 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
     """
-    head = make_head(
-        hidden, weight, targets, temperature=temperature, bias=bias, softcap=softcap, logit_scale=logit_scale
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, backend)
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trained
+    options = (float(temperature), softcap, float(logit_scale), backend)
+    logprobs, entropy, _ = _forward(hidden, weight, targets, bias, *options, frozen)
+    return logprobs, entropy
+
+
+@torch.library.custom_op("grpo_kernels::linear_logprob", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy, and for a frozen head ∂logprob/∂hidden (N, H): it has no unknown factor."""
+    head = make_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
+    if not frozen:
+        output = run_head(head, Needs(), None, backend)
+        return output.logprobs, output.entropy, hidden.new_empty(0)
+    output = run_head(
+        head, Needs(hidden=True), lambda rows, logprobs, _: (logprobs.new_ones(1), None), backend
     )
-    if not torch.is_grad_enabled():  # a leaf says requires_grad even then, and would be paid a gradient
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    return _LinearLogprob.apply(hidden, weight, bias, head, backend)  # type: ignore[return-value]
+    assert output.hidden is not None
+    return output.logprobs, output.entropy, output.hidden
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        head = Head(hidden, weight, head.targets, bias, head.temperature, head.softcap, head.logit_scale)
-        frozen = needs_hidden and not (needs_weight or needs_bias)
-        if frozen:
-            # d logprob / d hidden has no unknown factor but one number a row: finish it while E is at hand.
-            output = run_head(
-                head, Needs(hidden=True), lambda rows, logprobs, _: (logprobs.new_ones(1), None), backend
-            )
-        else:
-            output = run_head(head, Needs(), None, backend)
-        ctx.save_for_backward(hidden, weight, bias, head.targets, output.hidden)
-        ctx.options = (head.temperature, head.softcap, head.logit_scale, backend)
-        ctx.set_materialize_grads(False)
-        return output.logprobs, output.entropy
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    return (
+        logprobs,
+        torch.empty_like(logprobs),
+        hidden.new_empty(hidden.shape) if frozen else hidden.new_empty(0),
+    )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        by_logprob, by_entropy = grads
-        hidden, weight, bias, targets, unit_grad = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        if by_logprob is None and by_entropy is None:
-            return None, None, None, None, None
-        if unit_grad is not None and by_entropy is None:
-            assert by_logprob is not None
-            return (unit_grad * by_logprob.unsqueeze(1)).to(hidden.dtype), None, None, None, None
-        temperature, softcap, logit_scale, backend = ctx.options
-        head = Head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
 
-        def coefficients(rows: slice, logprobs: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None]:
-            direct = torch.zeros_like(logprobs) if by_logprob is None else by_logprob[rows]
-            return direct, None if by_entropy is None else by_entropy[rows]
+@torch.library.custom_op("grpo_kernels::linear_logprob_backward", mutates_args=())
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    by_logprob: Tensor | None,
+    by_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias; an empty tensor where one is not needed."""
+    head = make_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
 
-        needs = Needs(
-            hidden=needs_hidden, weight=needs_weight, bias=needs_bias, entropy=by_entropy is not None
-        )
-        output = run_head(head, needs, coefficients, backend)
-        return output.hidden, output.weight, output.bias, None, None
+    def coefficients(rows: slice, logprobs: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None]:
+        direct = torch.zeros_like(logprobs) if by_logprob is None else by_logprob[rows]
+        return direct, None if by_entropy is None else by_entropy[rows]
+
+    output = run_head(head, Needs(*needs, entropy=by_entropy is not None), coefficients, backend)
+    return tuple(  # type: ignore[return-value]
+        hidden.new_empty(0) if gradient is None else gradient
+        for gradient in (output.hidden, output.weight, output.bias)
+    )
+
+
+@_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    by_logprob: Tensor | None,
+    by_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(hidden, weight, bias, needs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, targets, bias, *options, _ = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, output[2])
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, by_logprob: Tensor | None, by_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, bias, unit_gradient = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
+    none = (None,) * 5
+    if by_logprob is None and by_entropy is None:
+        return (None, None, None, None, *none)
+    if unit_gradient.numel() and by_entropy is None:
+        assert by_logprob is not None
+        return ((unit_gradient * by_logprob.unsqueeze(1)).to(hidden.dtype), None, None, None, *none)
+    gradients = _backward(hidden, weight, targets, bias, by_logprob, by_entropy, *ctx.options, wanted)
+    d_hidden, d_weight, d_bias = (g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return (d_hidden, d_weight, None, d_bias, *none)
+
+
+_forward.register_autograd(once_differentiable(_differentiate), setup_context=_save)

@@ -1,7 +1,9 @@
 """The GRPO family of losses as one configuration: a choice in each row of a table, and names for rows."""
 
 import difflib
-from dataclasses import dataclass
+import functools
+import json
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 RatioLevel = Literal["token", "sequence"]
@@ -93,6 +95,22 @@ class LossConfig:
         if self.ratio_level == "sequence":
             allowed = self.surrogate in ("clip", "cispo", "sapo")
             _require(allowed, "ratio_level", f"'token' with surrogate {self.surrogate!r}", "sequence")
+        object.__setattr__(self, "_key", json.dumps(asdict(self)))
+
+    @property
+    def key(self) -> str:
+        """The whole configuration as JSON: how an operator of PyTorch's dispatcher is given it."""
+        return self._key  # type: ignore[attr-defined]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def from_key(key: str) -> "LossConfig":
+        """The configuration whose ``key`` this is."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in json.loads(key).items()
+        }
+        return LossConfig(**fields)
 
     @property
     def couples_tokens(self) -> bool:

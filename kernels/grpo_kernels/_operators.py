@@ -1,0 +1,29 @@
+"""What the operators share on their way into PyTorch's dispatcher."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of the leaves; without elements where one is not needed."""
+    d_hidden, d_weight, d_bias = (
+        leaf.new_empty(leaf.shape if need and leaf is not None else 0)
+        for leaf, need in zip((hidden, weight, hidden if bias is None else bias), needs, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient · factor, in place: it is large and nobody else holds it.
+
+    A factor of one is free to skip on the CPU only, where reading it does not wait for anything. While a graph is
+    traced it is a plain product.
+    """
+    if type(factor) is not Tensor:
+        return gradient * factor
+    if factor.device.type != "cpu" or float(factor) != 1.0:
+        gradient.mul_(factor)
+    return gradient
