@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo_fast.config.settings import RewardSettings
 from grpo_fast.data.prompts import Prompt
 from grpo_fast.models.reward_model import RewardModel
-from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights
+from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights, with_messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ class Scorer:
         with ThreadPoolExecutor(max_workers=1) as pool:
             running = None
             if self.functions:
-                texts, columns = [prompt.text for prompt in prompts], [prompt.columns for prompt in prompts]
+                texts = [prompt.plain for prompt in prompts]
+                columns = [with_messages(prompt.columns, prompt.messages) for prompt in prompts]
                 running = pool.submit(self.functions, texts, list(completions), columns)
             parts = []
             if self.reward_model:

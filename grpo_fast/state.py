@@ -4,16 +4,19 @@ Prompt order and sampling depend on the seed and the step alone, so there is not
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 from grpo_fast.evaluate import Evaluation
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
 from grpo_fast.run import checkpoint
+from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import RunLogger, read_summary, write_atomically
 
 EVALUATION_FILE = "evaluation_before.json"
@@ -59,7 +62,73 @@ def restore(run_dir: Path, policy: Policy, optimizer: Optimizer) -> int:
     return int(state["step"])
 
 
-def resumed_logger(run_dir: Path, *, steps: int, wandb_project: str | None) -> RunLogger:
+class Steps:
+    """The steps of a run, each logged and saved when it is due; a context manager, iterated once.
+
+    A UserError on the way (a reward function that fails, a full disk) costs no step that the policy has taken.
+    """
+
+    def __init__(
+        self, run: Run, config: TrainConfig, policy: Policy, optimizer: Optimizer, first: int
+    ) -> None:
+        """`first`: steps that an earlier process has taken."""
+        self._run, self._settings = run, config.run
+        self._policy, self._optimizer = policy, optimizer
+        self.done = self._logged = self._saved = first
+        self._refused = False  # whether the disk did not take the last checkpoint
+        self._metrics: dict[str, float] = {}
+
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __iter__(self) -> Iterator[int]:
+        while self.done < self._settings.steps:
+            yield self.done
+
+    def taken(self, metrics: dict[str, float]) -> int:
+        """The policy has taken another step; returns their number. `metrics` may still grow until `finish`."""
+        self.done += 1
+        self._metrics = metrics
+        return self.done
+
+    def finish(self) -> None:
+        """Log the step, and save it when that is due, at the end, and where the run is to stop."""
+        self._log()
+        every = self._settings.save_every
+        if (
+            self.done == self._settings.steps
+            or self._run.stop_requested
+            or (every and self.done % every == 0)
+        ):
+            self._save()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, UserError):
+            return
+        if self.done > self._logged:
+            self._log()
+        if self.done > self._saved and not self._refused:
+            self._save()
+        if self._saved:
+            hint = f"{self._saved} steps are kept, go on with --resume {self._run.path}"
+            raise UserError(f"{error}; {hint}") from error
+
+    def _log(self) -> None:
+        self._logged = self.done  # once, even where the disk refuses
+        self._run.step(self.done, self._metrics)
+
+    def _save(self) -> None:
+        self._refused = True
+        with self._run.phase_timer("save"):
+            save(
+                self._run.path, self.done, self._policy, self._optimizer, keep=self._settings.keep_checkpoints
+            )
+        self._refused, self._saved = False, self.done
+
+
+def resumed_logger(
+    run_dir: Path, *, steps: int, config_toml: str | None = None, wandb_project: str | None = None
+) -> RunLogger:
     """Reopen a run's folder at the point its files allow to go on from; UserError when its `steps` are done."""
     path = checkpoint.latest(run_dir)
     if path is not None:
@@ -79,7 +148,9 @@ def resumed_logger(run_dir: Path, *, steps: int, wandb_project: str | None) -> R
         phase, step = "warm_start", 10**9
     else:
         phase, step = "warm_start", 0
-    return RunLogger.resume(run_dir, phase=phase, step=step, wandb_project=wandb_project)
+    return RunLogger.resume(
+        run_dir, phase=phase, step=step, config_toml=config_toml, wandb_project=wandb_project
+    )
 
 
 def save_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
@@ -90,4 +161,11 @@ def save_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
 def saved_evaluation(run_dir: Path) -> Evaluation | None:
     """What `save_evaluation` wrote, None when it has not been measured yet."""
     path = run_dir / EVALUATION_FILE
-    return Evaluation(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path} is damaged: without the evaluation before training nothing can be compared; start the run anew"
+        ) from None

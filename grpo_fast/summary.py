@@ -43,13 +43,12 @@ def sample_rows(when: str, step: int, task: Task, evaluation: Evaluation, n: int
     """The first `n` held-out completions as rows of samples.jsonl."""
     rows = []
     for index, prompt in enumerate(task.heldout[:n]):
-        shown = prompt.messages[-1]["content"] if prompt.messages else prompt.text
         judged = evaluation.judged[index] if evaluation.judged else None
         rows.append(
             {
                 "when": when,
                 "step": step,
-                "prompt": shown,
+                "prompt": prompt.plain,
                 "completion": evaluation.completions[index],
                 "scores": dict(zip(evaluation.names, evaluation.rewards[index], strict=True)),
                 "judge": judged,

@@ -61,7 +61,7 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
         functions = RewardFunctions(
             config.reward.functions, timeout_s=config.reward.timeout_s, workers=config.reward.workers
         )
-        functions.probe(training)
+        functions.probe(training, system_prompt=config.data.system_prompt)
     heads = reward_model_heads(config.reward.model) if config.reward.model else own_heads
     objective_weights(combine_names(heads, (functions.names or []) if functions else []), config.reward)
     return Inputs(training=training, heldout=heldout, functions=functions)
@@ -75,6 +75,8 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     saved = SavedPolicy.read(config.policy.model)
+    if config.reward.model:
+        RewardModel.inspect(config.reward.model)
     prompts, heldout = (
         tokenize(
             rows,
@@ -92,6 +94,7 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
         device=device,
         lora=lora_settings(config),
         gradient_checkpointing=config.policy.gradient_checkpointing,
+        liger=config.policy.liger,
     )
     policy.self_check()
     reward_model = (

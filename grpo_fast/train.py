@@ -15,7 +15,6 @@ from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import PromptSampler
 from grpo_fast.engines.local import LocalEngine
-from grpo_fast.errors import UserError
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
@@ -27,7 +26,7 @@ from grpo_fast.run.allocator import keep_freed_memory
 from grpo_fast.run.command import run_command
 from grpo_fast.run.live import Run, Stopped
 from grpo_fast.run.metrics import RunLogger
-from grpo_fast.state import restore, resumed_logger, save, save_evaluation, saved_evaluation
+from grpo_fast.state import Steps, restore, resumed_logger, save_evaluation, saved_evaluation
 from grpo_fast.summary import sample_rows, write_results
 from grpo_fast.task import Inputs, check_inputs, load
 
@@ -52,10 +51,11 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         kind=config.optim.optimizer,
     )
     sampler = PromptSampler(len(task.prompts), config.rollout.prompts_per_step, config.seed)
-    steps, base_seed = config.run.steps, config.seed << 32
+    base_seed = config.seed << 32
 
     first = restore(run.path, policy, optimizer)
-    run.begin("grpo", steps, done=first, objectives=task.scorer.names)
+    run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)
+    run.check_stop()
     before = saved_evaluation(run.path)
     if before is None:
         with run.phase_timer("evaluate"):
@@ -63,47 +63,43 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         run.logger.samples(sample_rows("before", 0, task, before, config.run.samples))
         save_evaluation(run.path, before)
 
-    for step in range(first, steps):
-        started = time.perf_counter()
-        prompts = [task.prompts[index] for index in sampler.indices(step)]
-        # sample a group of completions for each prompt, score them, compare each with its group
-        try:
+    with Steps(run, config, policy, optimizer, first) as steps:
+        for step in steps:
+            started = time.perf_counter()
+            prompts = [task.prompts[index] for index in sampler.indices(step)]
+            # a group of completions for each prompt, their rewards, and each one's advantage over its group
             rollout = collect(prompts, task, engine, config, seed=base_seed + step + 1, timer=run.phase_timer)
-        except UserError as error:  # a reward function that failed must not cost the steps before it
-            if step > first:
-                save(run.path, step, policy, optimizer, keep=config.run.keep_checkpoints)
-            raise UserError(f"{error}; {step} steps are kept, go on with --resume {run.path}") from error
-        lr = learning_rate(
-            step,
-            lr=config.optim.lr,
-            warmup_steps=config.optim.warmup_steps,
-            total_steps=steps,
-            schedule=config.optim.schedule,
-        )
-        with run.phase_timer("update"):
-            metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
-            engine.push(policy.model.named_parameters(), step + 1)
-        metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
-        metrics["tokens_per_s"] = metrics["generated_tokens"] / (time.perf_counter() - started)
+            lr = learning_rate(
+                step,
+                lr=config.optim.lr,
+                warmup_steps=config.optim.warmup_steps,
+                total_steps=config.run.steps,
+                schedule=config.optim.schedule,
+            )
+            # push the policy towards what scored better, and hold it near the reference
+            with run.phase_timer("update"):
+                metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
+                engine.push(policy.model.named_parameters(), step + 1)
+            metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
+            metrics["tokens_per_s"] = metrics["generated_tokens"] / (time.perf_counter() - started)
+            done = steps.taken(metrics)
+            if is_due(done, config.run.eval_every) and done < config.run.steps:
+                with run.phase_timer("evaluate"):
+                    evaluation = evaluate(task, engine, config, seed=base_seed)
+                metrics |= means(evaluation)
+                run.logger.samples(sample_rows("step", done, task, evaluation, config.run.samples))
+                run.progress.sample(task.heldout[0].plain, evaluation.completions[0])
+            steps.finish()
+            if run.stop_requested:
+                write_results(run, config, task, before, None, steps=done)
+            run.check_stop()
 
-        done = step + 1
-        if is_due(done, config.run.eval_every) and done < steps:
-            with run.phase_timer("evaluate"):
-                metrics |= means(evaluate(task, engine, config, seed=base_seed))
-        run.step(done, metrics)
-        if is_due(done, config.run.save_every) or done == steps or run.stop_requested:
-            with run.phase_timer("save"):
-                save(run.path, done, policy, optimizer, keep=config.run.keep_checkpoints)
-        if run.stop_requested:
-            write_results(run, config, task, before, None, steps=done)
-        run.check_stop()
-
-    with run.phase_timer("evaluate"):
-        after = evaluate(task, engine, config, seed=base_seed)
-    run.logger.samples(sample_rows("after", steps, task, after, config.run.samples))
-    with run.phase_timer("save"):
-        policy.save(run.path / "model", merge=config.policy.merge_on_save)
-    write_results(run, config, task, before, after, steps=steps)
+        with run.phase_timer("evaluate"):
+            after = evaluate(task, engine, config, seed=base_seed)
+        run.logger.samples(sample_rows("after", steps.done, task, after, config.run.samples))
+        with run.phase_timer("save"):
+            policy.save(run.path / "model", merge=config.policy.merge_on_save)
+        write_results(run, config, task, before, after, steps=steps.done)
     run.progress.message(f"report: {run.path / 'report.html'}  model: {run.path / 'model'}")
     return 0
 
@@ -132,7 +128,9 @@ def _command(argv: list[str] | None) -> int:
         return 0
     wandb = "grpo_fast" if config.run.wandb else None
     if asked.resume:
-        logger = resumed_logger(asked.resume, steps=config.run.steps, wandb_project=wandb)
+        logger = resumed_logger(
+            asked.resume, steps=config.run.steps, config_toml=to_toml(config), wandb_project=wandb
+        )
     else:
         logger = RunLogger.create(run_path(config), config_toml=to_toml(config), wandb_project=wandb)
     with Run(logger) as run:

@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full_at_the_second_file)
     with pytest.raises(UserError) as raised:
         checkpoint.save(tmp_path, 2, groups(), {})
-    assert "step-000002: No space left on device (needs 0.000 GiB" in str(raised.value)
+    assert "step-000002: No space left on device (needs 0.0 MiB" in str(raised.value)
     assert str(raised.value).endswith(f"intact, newest {tmp_path / 'checkpoints' / 'step-000001'}")
     assert files_of(tmp_path) == before and names_of(tmp_path) == ["step-000001"]
 

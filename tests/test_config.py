@@ -42,8 +42,8 @@ def refused(argv: list[str]) -> str:
     return str(caught.value)
 
 
-def recipe(folder: Path, text: str | bytes) -> str:
-    path = folder / "recipe.toml"
+def recipe(folder: Path, text: str | bytes, name: str = "recipe.toml") -> str:
+    path = folder / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
 
@@ -98,6 +98,27 @@ def test_dry_run_and_resume(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     assert "has no config.toml" in refused(["--resume", str(tmp_path / "empty")])
     assert "cannot be given with --resume" in refused(["--resume", str(tmp_path), "--config", "x.toml"])
+    run = str(Path(recipe(tmp_path, "seed = 3", name="config.toml")).parent)
+    for flag in (
+        "--seed",
+        "--name",
+        "--output-dir",
+        "--optim.lr",
+        "--reward.weights.a",
+        "--miniature.hidden",
+    ):
+        assert refused(["--resume", run, flag, "1"]).startswith(
+            f"{flag.replace('-dir', '_dir')} cannot be given with --resume"
+        )
+    changed = parse(["--resume", run, "--run.steps", "9", "--device", "cpu"]).config
+    assert (changed.seed, changed.run.steps, changed.device) == (3, 9, "cpu")
+
+
+def test_lines_of_nested_and_dotted_keys(tmp_path: Path):
+    path = recipe(tmp_path, "optim.eps = 1\n\n[reward.weights]\nsafety = 1\nnice = 'x'\n")
+    assert refused(["--config", path]).endswith(f"({path}:3)")
+    path = recipe(tmp_path, "optim.eps = 1\noptim.lr = 0\n")
+    assert refused(["--config", path]).endswith(f"({path}:2)")
 
 
 def test_a_given_model_changes_the_defaults_that_would_harm_it():
@@ -151,17 +172,17 @@ def test_a_mistake_in_a_flag_is_one_line(argv: list[str], message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[optim]\nlr = -1.0", "optim.lr must be > 0, got -1.0 ({path})"),
-        ("[optim]\nlr = '1'", "optim.lr must be a number, got '1' ({path})"),
-        ("[optim]\nlr = true", "optim.lr must be a number, got True ({path})"),
-        ("[run]\nsteps = 1e3", "run.steps must be a whole number, got 1000.0 ({path})"),
-        ("[optim]\nlearning_rate = 1", "unknown key optim.learning_rate in {path}; did you mean optim.lr?"),
-        ("lr = 1", "unknown key lr in {path}; did you mean optim.lr?"),
-        ("[rolout]\ngroup_size = 8", "unknown key rolout in {path}; did you mean rollout?"),
-        ("[reward]\nweigths = {{}}", "unknown key reward.weigths in {path}; did you mean reward.weights?"),
-        ("optim = 3", "optim must be a table ([optim]), got 3 ({path})"),
-        ("seed = {{a = 1}}", "seed must be a whole number, got {{'a': 1}} ({path})"),
-        ("[reward]\nweights = 3", "reward.weights must be name = number pairs, got 3 ({path})"),
+        ("[optim]\nlr = -1.0", "optim.lr must be > 0, got -1.0 ({path}:2)"),
+        ("[optim]\nlr = '1'", "optim.lr must be a number, got '1' ({path}:2)"),
+        ("[optim]\nlr = true", "optim.lr must be a number, got True ({path}:2)"),
+        ("[run]\nsteps = 1e3", "run.steps must be a whole number, got 1000.0 ({path}:2)"),
+        ("[optim]\nlearning_rate = 1", "unknown key optim.learning_rate in {path}:2; did you mean optim.lr?"),
+        ("lr = 1", "unknown key lr in {path}:1; did you mean optim.lr?"),
+        ("[rolout]\ngroup_size = 8", "unknown key rolout in {path}:1; did you mean rollout?"),
+        ("[reward]\nweigths = {{}}", "unknown key reward.weigths in {path}:2; did you mean reward.weights?"),
+        ("optim = 3", "optim must be a table ([optim]), got 3 ({path}:1)"),
+        ("seed = {{a = 1}}", "seed must be a whole number, got {{'a': 1}} ({path}:1)"),
+        ("[reward]\nweights = 3", "reward.weights must be name = number pairs, got 3 ({path}:2)"),
         ("a = 1\nb = = 2", "{path} is not valid TOML: Invalid value (at line 2, column 5)"),
         ("a = " + "[" * 5000, "{path} is not valid TOML: "),
         ("seed = " + "9" * 5000, "{path} is not valid TOML: "),
@@ -182,7 +203,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
 
 def test_a_mistake_is_laid_to_where_it_was_made(tmp_path: Path):
     path = recipe(tmp_path, "[rollout]\ngroup_size = 1\n[optim]\nlr = 0.1")
-    assert refused(["--config", path, "--optim.lr", "1"]).endswith(f"({path})")
+    assert refused(["--config", path, "--optim.lr", "1"]).endswith(f"({path}:2)")
     assert refused(["--config", path, "--rollout.group-size", "0"]).endswith("got 0 (command line)")
     assert parse(["--config", path, "--rollout.group-size", "2"]).config.rollout.group_size == 2
 
@@ -237,7 +258,8 @@ def test_help_shows_every_flag():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid(path: Path):
     config = parse(["--config", str(path)]).config
-    assert loss_config(config) == LossConfig.preset("grpo") and advantage_choice(config) == ("gdpo", "group")
+    assert loss_config(config).kl_coef == (0.0 if path.stem == "qwen2.5-7b" else 0.04)
+    assert advantage_choice(config) == ("gdpo", "group")
     if path.stem == "miniature":
         assert config == TrainConfig()
         return

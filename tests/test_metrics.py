@@ -99,7 +99,14 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
         file.write('{"phase": "grpo", "step": 6, "lo')  # killed while it wrote
     before = read_rows(run / "metrics.jsonl")
     assert len(before) == 8
+    files = {path: path.read_bytes() for path in run.glob("*.json*")}
     with RunLogger.resume(run, phase="grpo", step=3) as log:
+        assert {
+            path: path.read_bytes() for path in run.glob("*.json*")
+        } == files  # nothing has been computed yet
+        assert log.wall_s >= before[5]["time_s"]
+        assert log.phase_s["rollout"] == pytest.approx(sum(row["time/rollout_s"] for row in before[3:6]))
+        log.samples([])
         kept = read_rows(run / "metrics.jsonl")
         assert [(row["phase"], row["step"]) for row in kept] == [
             *[("warm_start", step) for step in (1, 2, 3)],
@@ -109,8 +116,6 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
         assert [(row["when"], row["step"]) for row in read_rows(run / "samples.jsonl")] == [
             ("before", 0), ("step", 1), ("step", 2), ("step", 3),
         ]  # fmt: skip
-        assert log.wall_s >= kept[-1]["time_s"]
-        assert log.phase_s["rollout"] == pytest.approx(sum(row["time/rollout_s"] for row in kept[3:]))
         assert read_summary(run) is None
         log.step("grpo", 4, {"loss": 40})
     rows = read_rows(run / "metrics.jsonl")
@@ -118,7 +123,8 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     events = EventAccumulator(str(run / "tensorboard" / "grpo"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
-    with RunLogger.resume(run, phase="warm_start", step=2):
+    with RunLogger.resume(run, phase="warm_start", step=2) as log:
+        log.samples([])
         assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [1, 2]
         assert read_rows(run / "samples.jsonl") == []
 

@@ -47,11 +47,13 @@ def test_every_objective_rises_on_held_out_prompts(raised):
 def test_with_negated_weights_every_objective_falls(raised):
     lowered = raised.parent / "lowered"
     lowered.mkdir()
-    shutil.copy(raised / "config.toml", lowered)
+    negated = ", ".join(f"{name} = -1.0" for name in OBJECTIVES)
+    settings = (raised / "config.toml").read_text()
+    assert "weights = {}" in settings
+    (lowered / "config.toml").write_text(settings.replace("weights = {}", f"weights = {{{negated}}}"))
     for part in ("start", "reward_model"):
         shutil.copytree(raised / part, lowered / part)
-    negated = [word for name in OBJECTIVES for word in (f"--reward.weights.{name}", "-1")]
-    assert run_command("--resume", lowered, *negated) == 0
+    assert run_command("--resume", lowered) == 0
     scores = judged(lowered)
     assert all(scores[name]["before"] == judged(raised)[name]["before"] for name in OBJECTIVES)
     for name in OBJECTIVES:

@@ -1,7 +1,9 @@
 """The command end to end: a whole run, the same run again, and one that was interrupted."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,3 +275,94 @@ def test_a_finished_run_is_not_resumed_without_more_steps(tiny_run, capsys):
     assert run_command("--resume", tiny_run) == 2
     assert "is finished, 6 steps of 6" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tiny_run.glob("*.json*")} == before
+
+
+def test_a_reward_function_that_fails_in_an_evaluation_costs_no_step(rewards, capsys):
+    (rewards / "eval_rewards.py").write_text(
+        "sizes = []\n"
+        "def fails(completions, **columns):\n"
+        "    sizes.append(len(completions))\n"
+        "    if sizes.count(16) == 2:\n"  # 16 held-out prompts: the second evaluation
+        "        raise RuntimeError('gone')\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    flags = own_model_flags(rewards, "qwen2")
+    flags[flags.index("my_rewards:counts_e")] = "eval_rewards:fails"
+    assert run_command(*flags, "--run.eval-every", "3", "--run.steps", "5") == 2
+    assert "3 steps are kept, go on with --resume" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(rewards / "run")] == [1, 2, 3]
+    import eval_rewards
+
+    eval_rewards.sizes.append(16)  # mended
+    assert run_command("--resume", rewards / "run") == 0
+    assert [row["step"] for row in metrics(rewards / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_functions_see_the_same_kind_of_prompt_when_tried_and_in_training(rewards):
+    (rewards / "seen.py").write_text(
+        "seen = []\n"
+        "def look(prompts, completions, messages):\n"
+        "    seen.append((prompts, messages))\n"
+        "    return [0.0] * len(prompts)\n"
+    )
+    flags = own_model_flags(rewards, "qwen2")
+    flags[flags.index("my_rewards:counts_e")] = "seen:look"
+    assert run_command(*flags, "--data.system-prompt", "be kind", "--run.steps", "1") == 0
+    import seen
+
+    assert len(seen.seen) == 4  # tried, before, one step, after
+    for prompts, messages in seen.seen:
+        assert all(prompt.startswith("tell me about the number ") for prompt in prompts)
+        for prompt, chat in zip(prompts, messages, strict=True):
+            assert [m["role"] for m in chat] == ["system", "user"]
+            assert chat[1]["content"] == prompt
+
+
+@pytest.mark.parametrize("when", ["start", "reward_model", "model"])
+def test_a_full_disk_while_a_model_is_written(tiny_run, tmp_path, monkeypatch, capsys, when):
+    recipe = write_config(tmp_path / "tiny.toml")
+    rename = Path.rename
+
+    def full(self, target):
+        if Path(target).name == when and ".tmp-" in self.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        assert run_command("--config", recipe, "--output-dir", tmp_path, "--name", "full") == 2
+    error = capsys.readouterr().err
+    assert f"cannot write the model to {tmp_path / 'full' / when}: No space left on device" in error
+    assert error.count("\n") == 1
+    run = tmp_path / "full"
+    assert not (run / when).exists() and not list(run.glob(".*tmp*"))
+    assert run_command("--resume", run) == 0
+    assert metrics(run) == metrics(tiny_run)
+
+
+def test_a_refused_resume_changes_nothing(tiny_run, tmp_path, capsys):
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    (run / "evaluation_before.json").write_text('{"na')
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run_command("--resume", run, "--run.steps", "8") == 2
+    error = capsys.readouterr().err
+    assert "evaluation_before.json is damaged" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_more_steps_of_a_finished_run_are_written_down(tiny_run, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    assert run_command("--resume", run, "--run.steps", "7") == 0
+    assert metrics(run)[: len(metrics(tiny_run))] == metrics(tiny_run)
+    assert metrics(run)[-1]["step"] == 7
+    assert "steps = 7" in (run / "config.toml").read_text()
+    assert json.loads((run / "summary.json").read_text())["steps"] == 7
+
+
+def test_completions_of_each_evaluation_are_kept(tmp_path):
+    recipe = write_config(tmp_path / "tiny.toml", TINY_MINIATURE.replace("save_every = 2", "eval_every = 2"))
+    assert run_command("--config", recipe, "--output-dir", tmp_path, "--name", "r", "--run.steps", "4") == 0
+    kept = [(row["when"], row["step"]) for row in read_rows(tmp_path / "r" / "samples.jsonl")]
+    assert kept == [("before", 0)] * 3 + [("step", 2)] * 3 + [("after", 4)] * 3

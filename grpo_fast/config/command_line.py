@@ -7,6 +7,7 @@ renders `--help` from the dataclasses.
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 import types
@@ -20,6 +21,19 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError, did_you_mean
 
 _COMMAND_LINE = "command line"
+
+# What may change when a run goes on: how long and where, not what is computed.
+_RESUMABLE = (
+    "run.",
+    "device",
+    "threads",
+    "reward.timeout_s",
+    "reward.workers",
+    "rollout.max_rows",
+    "optim.token_budget",
+    "policy.backend",
+    "policy.liger",
+)
 
 # Names other trainers use, for the hint beside an unknown one.
 _ELSEWHERE = {
@@ -104,8 +118,14 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
 
     values: dict[str, tuple[Any, str]] = read_toml(recipe) if recipe else {}
     for name, words in flags:
-        if name not in special:
-            _take_flag(values, name, words)
+        if name in special:
+            continue
+        if resume and not name.startswith(_RESUMABLE):
+            raise UserError(
+                f"--{name} cannot be given with --resume: a run goes on with its own settings; what may change is "
+                f"{', '.join(_RESUMABLE)}"
+            )
+        _take_flag(values, name, words)
     return Invocation(config=_build(values), dry_run=dry_run, resume=resume)
 
 
@@ -146,22 +166,41 @@ def read_toml(path: Path) -> dict[str, tuple[Any, str]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {str(error) or 'nested too deeply'}") from None
     values: dict[str, tuple[Any, str]] = {}
+    lines = _lines_of_keys(text)
     for key, value in document.items():
+        where = f"{path}:{lines[key]}" if key in lines else str(path)
         if key not in _SECTIONS:
-            values |= _read_key(key, value, path)
+            values |= _read_key(key, value, where)
         elif not isinstance(value, dict):
-            raise UserError(f"{key} must be a table ([{key}]), got {value!r} ({path})")
+            raise UserError(f"{key} must be a table ([{key}]), got {value!r} ({where})")
         else:
             for inner, item in value.items():
-                values |= _read_key(f"{key}.{inner}", item, path)
+                name = f"{key}.{inner}"
+                values |= _read_key(name, item, f"{path}:{lines[name]}" if name in lines else where)
     return values
 
 
-def _read_key(name: str, value: Any, path: Path) -> dict[str, tuple[Any, str]]:
+def _lines_of_keys(text: str) -> dict[str, int]:
+    """Dotted name of a key or table -> the line where it first stands, for plain keys."""
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        header, key = re.match(r"\s*\[+\s*([\w.-]+)\s*\]", line), re.match(r"\s*([\w.-]+)\s*=", line)
+        if header:
+            table = header[1]
+        if header or key:
+            name = table if header else f"{table}.{key[1]}".lstrip(".") if key else ""
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                lines.setdefault(".".join(parts[:depth]), number)
+    return lines
+
+
+def _read_key(name: str, value: Any, where: str) -> dict[str, tuple[Any, str]]:
     if name not in _KINDS:
         hint = did_you_mean(name, _SECTIONS) if isinstance(value, dict) and "." not in name else _hint(name)
-        raise UserError(f"unknown key {name} in {path}{hint}".replace("\n", " "))
-    return {name: (_convert(value, _KINDS[name], name, str(path)), str(path))}
+        raise UserError(f"unknown key {name} in {where}{hint}".replace("\n", " "))
+    return {name: (_convert(value, _KINDS[name], name, where), where)}
 
 
 def _hint(name: str) -> str:

@@ -62,6 +62,8 @@ def resolve_device(config: TrainConfig) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
         raise FieldError("device", f"is {config.device}, but PyTorch finds {found}; use auto or cpu")
+    if config.policy.liger and device.type != "cuda":
+        raise FieldError("policy.liger", f"needs a CUDA device, the run is on {device.type}; leave it off")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if config.policy.backend == "triton" and device.type != "cuda" and not interpreted:
         raise FieldError("policy.backend", "triton needs a CUDA device; use auto or torch")

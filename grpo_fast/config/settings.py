@@ -34,6 +34,8 @@ class PolicySettings:
     """LoRA: save the merged model at the end instead of the adapter alone."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: about a third more work, far less memory."""
+    liger: bool = False
+    """Liger's RMSNorm, rotary embedding and gated MLP in the body of the model; needs a CUDA device."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Kernels of the loss head; auto takes triton on a CUDA device and torch elsewhere."""
 

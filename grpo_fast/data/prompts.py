@@ -49,6 +49,11 @@ class Prompt:
     columns: dict[str, Any]
     """The other columns of the row, for reward functions and reports."""
 
+    @property
+    def plain(self) -> str:
+        """What was asked: the text, or the last chat message's, without template."""
+        return self.messages[-1]["content"] if self.messages else self.text
+
 
 def read_rows(source: str, *, prompt_column: str = "prompt", split: str = "train") -> list[Row]:
     """The rows of a .jsonl, .json, .parquet or .csv file, or of a hub data set (`id` or `id:subset`).
@@ -82,7 +87,7 @@ def tokenize(
     template is needed and the tokenizer has none or refuses the messages.
     """
     rows = list(rows)
-    chats = [_messages(row.prompt, system_prompt) for row in rows]
+    chats = [as_messages(row.prompt, system_prompt) for row in rows]
     texts = [
         row.plain if chat is None else _apply_template(tokenizer, chat, row.where)
         for row, chat in zip(rows, chats, strict=True)
@@ -203,7 +208,8 @@ def _check_text(text: str, where: str, name: str, *, empty: bool = False) -> Non
         ) from None
 
 
-def _messages(prompt: str | Messages, system_prompt: str) -> Messages | None:
+def as_messages(prompt: str | Messages, system_prompt: str) -> Messages | None:
+    """The chat a prompt becomes, None where it stays a plain text."""
     if isinstance(prompt, str):
         if not system_prompt:
             return None

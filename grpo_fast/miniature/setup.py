@@ -11,6 +11,7 @@ from grpo_fast.config.resolve import resolve_device, resolve_dtype
 from grpo_fast.config.settings import MiniatureSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, tokenize
 from grpo_fast.engines.base import Sampling
+from grpo_fast.errors import UserError
 from grpo_fast.miniature import world
 from grpo_fast.miniature.judge import is_refusal, judge
 from grpo_fast.miniature.tokenizer import END, PAD, build_tokenizer
@@ -53,6 +54,7 @@ def prepare(config: TrainConfig, functions: RewardFunctions | None, run: Run) ->
         device=device,
         lora=lora_settings(config),
         gradient_checkpointing=config.policy.gradient_checkpointing,
+        liger=config.policy.liger,
     )
     reward_model = RewardModel.load(reward_folder, device=device)
     return Task(
@@ -65,7 +67,7 @@ def prepare(config: TrainConfig, functions: RewardFunctions | None, run: Run) ->
         prompts=prompts("train", TRAINING_PROMPTS, config.seed, policy.tokenizer),
         heldout=prompts("heldout", config.data.eval_size, config.seed, policy.tokenizer),
         judge=true_scores,
-        reward_report=json.loads((reward_folder / "quality.json").read_text(encoding="utf-8")),
+        reward_report=_saved_quality(reward_folder / "quality.json"),
     )
 
 
@@ -157,6 +159,13 @@ def train_reward_model(config: TrainConfig, start: Path, run: Run) -> RewardMode
 def quality(model: RewardModel, config: TrainConfig) -> dict:
     """How well the heads predict the noisy labels of held-out topics and phrasings."""
     return held_out_report(model, labelled("heldout", HELD_OUT_LABELS, config.seed))
+
+
+def _saved_quality(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it, and the reward model is trained again") from None
 
 
 def labelled(split: world.Split, n: int, seed: int) -> list[LabelledReply]:

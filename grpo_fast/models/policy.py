@@ -26,6 +26,7 @@ from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.head import head_of
+from grpo_fast.models.liger import apply_liger
 from grpo_fast.models.self_check import check_head, check_packing, packed_hidden_states
 from grpo_fast.packing import PackedBatch
 
@@ -70,7 +71,7 @@ class SavedPolicy:
         for name in config.architectures or ():
             if name.endswith("ForSequenceClassification"):
                 raise UserError(f"model {path}: is a {name}; a causal language model is needed")
-        tokenizer = pretrained.load_tokenizer(source if _has_tokenizer(source) else base, "model")
+        tokenizer = pretrained.load_tokenizer(source if pretrained.has_tokenizer(source) else base, "model")
         pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
         return cls(path=str(path), base=base, adapter=adapter, config=config, tokenizer=tokenizer)
 
@@ -108,6 +109,7 @@ class Policy(nn.Module):
         device: str | torch.device = "cpu",
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
+        liger: bool = False,
     ) -> Policy:
         """A saved model folder, a hub id, or a folder of a saved adapter (then training goes on with it).
 
@@ -129,7 +131,11 @@ class Policy(nn.Module):
         )
         if not saved.adapter:
             return cls.from_model(
-                model, saved.tokenizer, lora=lora, gradient_checkpointing=gradient_checkpointing
+                model,
+                saved.tokenizer,
+                lora=lora,
+                gradient_checkpointing=gradient_checkpointing,
+                liger=liger,
             )
         try:
             with _quiet_peft():
@@ -139,7 +145,7 @@ class Policy(nn.Module):
         except Exception as error:  # peft and safetensors raise several unrelated kinds for a broken adapter
             what = pretrained.one_line(error)
             raise UserError(f"model {saved.path}: cannot read the adapter: {what}") from error
-        return cls._finish(model, saved.tokenizer, wrapped, gradient_checkpointing)
+        return cls._finish(model, saved.tokenizer, wrapped, gradient_checkpointing, liger)
 
     @classmethod
     def from_model(
@@ -149,13 +155,14 @@ class Policy(nn.Module):
         *,
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
+        liger: bool = False,
     ) -> Policy:
         """A model that is in memory; it is changed in place (attention, dropout, adapters)."""
         pretrained.check_architecture(type(model), model.config, "model")
         rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
         pretrained.check_vocabulary(tokenizer, rows, "model")
         wrapped = None if lora is None else _add_lora(model, lora)
-        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing)
+        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing, liger)
 
     @classmethod
     def _finish(
@@ -164,6 +171,7 @@ class Policy(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         peft_model: PeftModel | None,
         gradient_checkpointing: bool,
+        liger: bool,
     ) -> Policy:
         if peft_model is not None:
             _refuse_lora_on_head(model)
@@ -171,6 +179,8 @@ class Policy(nn.Module):
             model.set_attn_implementation(ATTENTION_NAME)
         head_of(model)  # refuses heads whose logits cannot be computed from hidden @ weight
         pretrained.switch_off_dropout(model)
+        if liger:
+            apply_liger(model)
         if gradient_checkpointing:
             pretrained.enable_gradient_checkpointing(model, "model")
         return cls(model, tokenizer, peft_model=peft_model).train()
@@ -286,26 +296,22 @@ class Policy(nn.Module):
         """`save_pretrained` of model and tokenizer.
 
         With LoRA the folder is a `peft` adapter, or with `merge=True` a full model whose weights include it;
-        the weights in memory are not touched either way.
+        the weights in memory are not touched either way. The folder appears whole or not at all (UserError).
         """
-        path = Path(path)
-        self.tokenizer.save_pretrained(path)
-        if self.peft_model is None:
-            self.model.save_pretrained(path)
-        elif merge:
-            self.model.save_pretrained(path, state_dict=_merged_state(self.model))
-        else:
-            # False: the base model's embedding is not part of the adapter, and no hub is asked about it
-            self.peft_model.save_pretrained(str(path), save_embedding_layers=False)
+        with pretrained.written_folder(path) as folder:
+            self.tokenizer.save_pretrained(folder)
+            if self.peft_model is None:
+                self.model.save_pretrained(folder)
+            elif merge:
+                self.model.save_pretrained(folder, state_dict=_merged_state(self.model))
+            else:
+                # False: the base model's embedding is not part of the adapter, and no hub is asked about it
+                self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def self_check(self) -> None:
         """Packed equals one by one, and hidden state x head the model's logits; UserError if not."""
         check_head(self.model, self.tokenizer)
         check_packing(self.model, self.tokenizer)
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def _add_lora(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:

@@ -7,6 +7,10 @@ attention cannot serve.
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,29 @@ def locate(path: str | Path, what: str, *, needs: tuple[str, ...] = ("config.jso
     return text
 
 
+@contextmanager
+def written_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write a model into, which takes its name `path` once the block is through: whole or not at all.
+
+    UserError when the disk refuses; what stood there before is kept then.
+    """
+    target = Path(path)
+    aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        old = aside.with_suffix(".old")
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot write the model to {target}: {reason}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def load_config(path: str | Path, what: str, **overrides: Any) -> PreTrainedConfig:
     """The configuration of a saved model; UserError when it cannot be read."""
     try:
@@ -88,12 +115,22 @@ def load_config(path: str | Path, what: str, **overrides: Any) -> PreTrainedConf
 
 def load_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a saved model, checked to bring text back (see `check_round_trip`)."""
+    if Path(path).is_dir() and not has_tokenizer(path):
+        raise UserError(
+            f"{what} {path}: the folder has no tokenizer.json; save the tokenizer beside the model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
         raise UserError(f"{what} {path}: cannot read its tokenizer: {one_line(error)}") from error
     check_round_trip(tokenizer, f"{what} {path}")
     return tokenizer
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a saved tokenizer lies in the folder, in any of the forms `transformers` reads."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any((Path(folder) / name).is_file() for name in names)
 
 
 def check_round_trip(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
@@ -193,7 +230,12 @@ def load_model(
             f"{what} {path}: {len(missing)} weights are not in its files (first: {missing[0]}); "
             "the checkpoint is incomplete or of another kind"
         )
-    return model.to(device)
+    model = model.to(device)
+    finite = {name: torch.isfinite(weight).all() for name, weight in model.named_parameters()}
+    broken = next((name for name, fine in finite.items() if not bool(fine)), None)
+    if broken is not None:
+        raise UserError(f"{what} {path}: the weight {broken} has NaN or infinite values")
+    return model
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -116,6 +116,13 @@ class RewardModel(nn.Module):
         cls, path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
     ) -> RewardModel:
         """A reward model saved by `save`. UserError where the folder is not whole or contradicts itself."""
+        return cls._load(*cls.inspect(path), dtype, device).eval()
+
+    @staticmethod
+    def inspect(
+        path: str | Path,
+    ) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase, Sequence[Head]]:
+        """Folder, configuration, tokenizer and heads of a saved reward model, checked before any weight is read."""
         source = pretrained.locate(path, "reward model")
         heads = read_heads(source, str(path))
         config = pretrained.load_config(source, "reward model")
@@ -126,7 +133,8 @@ class RewardModel(nn.Module):
                 f"config.json has {', '.join(map(str, names))}"
             )
         tokenizer = pretrained.load_tokenizer(source, "reward model")
-        return cls._load(source, config, tokenizer, heads, dtype, device).eval()
+        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"reward model {source}")
+        return source, config, tokenizer, heads
 
     @classmethod
     def _load(
@@ -149,19 +157,14 @@ class RewardModel(nn.Module):
             device=pretrained.as_device(device),
             may_miss=may_miss,
         )
-        broken = next(
-            (name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None
-        )
-        if broken is not None:
-            raise UserError(f"reward model {source}: the weight {broken} has NaN or infinite values")
         return cls(model, tokenizer, heads)
 
     def save(self, path: str | Path) -> None:
-        """Write the checkpoint, its tokenizer and `reward_heads.json` into the folder `path`."""
-        path = Path(path)
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
-        write_heads(path, self.heads)
+        """The checkpoint, its tokenizer and `reward_heads.json`: the folder appears whole or not at all (UserError)."""
+        with pretrained.written_folder(path) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            write_heads(folder, self.heads)
 
     @property
     def head_names(self) -> list[str]:

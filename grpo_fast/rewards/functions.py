@@ -1,7 +1,8 @@
 """Rewards: the user's Python functions, the names of all objectives, and their signed weights.
 
-A reward function is called as `f(prompts=[...], completions=[...], **columns)`: texts, and each other column
-of the data as a list, all of one length S; it is given only the keywords it takes. It returns S numbers (one
+A reward function is called as `f(prompts=[...], completions=[...], **columns)`: texts (of a chat the last message,
+without template; the whole chats are in `messages`), and each other column of the data as a list, all of one
+length S; it is given only the keywords it takes. It returns S numbers (one
 objective, called like the function), a dict of name -> S numbers, or S dicts of name -> number. None is a
 missing score. It may be a coroutine function.
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config.settings import RewardSettings
-from grpo_fast.data.prompts import Row
+from grpo_fast.data.prompts import Messages, Row, as_messages
 from grpo_fast.data.records import one_line
 from grpo_fast.errors import UserError, did_you_mean
 from grpo_fast.rewards.user_function import RewardFunction, described, load_function
@@ -42,7 +43,7 @@ class RewardFunctions:
         self._timeout_s, self._workers = timeout_s, workers
         self.names: list[str] | None = [] if not specs else None
 
-    def probe(self, rows: Sequence[Row]) -> list[str]:
+    def probe(self, rows: Sequence[Row], *, system_prompt: str = "") -> list[str]:
         """Calls every function on up to two rows with a stand-in completion, and gives `names`.
 
         So that a function that fails does so before a model is loaded.
@@ -51,7 +52,7 @@ class RewardFunctions:
         self(
             [row.plain for row in rows],
             ["This stands for a completion."] * len(rows),
-            [row.columns for row in rows],
+            [with_messages(row.columns, as_messages(row.prompt, system_prompt)) for row in rows],
         )
         assert self.names is not None
         return self.names
@@ -118,6 +119,11 @@ class RewardFunctions:
                 spec = self._functions[index].spec
                 raise UserError(one_line(f"reward function {spec} raised {described(error)}")) from error
         return results
+
+
+def with_messages(columns: dict[str, Any], messages: Messages | None) -> dict[str, Any]:
+    """A row's columns as functions see them: with the chat that was asked, where there is one."""
+    return columns if messages is None else {"messages": messages, **columns}
 
 
 # ---- objectives ----

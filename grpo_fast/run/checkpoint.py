@@ -288,7 +288,7 @@ def _save_failure(error: OSError, target: Path, tensors: Mapping[str, Mapping[st
         needed = sum(tensor.numel() * tensor.element_size() for named in unique for tensor in named.values())
         existing = next(path for path in [target, *target.parents] if path.exists())
         free = shutil.disk_usage(existing).free
-        room = f" (needs {needed / 2**30:.3f} GiB, {free / 2**30:.3f} GiB are free)"
+        room = f" (needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free)"
     newest = latest(target.parent.parent)
     kept = (
         f"the checkpoints before it are intact, newest {newest}"

@@ -43,7 +43,8 @@ class Run:
         """Start showing a phase of `steps` steps, `done` of which an earlier process took."""
         self._phase = phase
         self.progress.objectives = list(objectives)
-        self.progress.phase(phase, steps, done=done)
+        earlier = [row for row in self.rows() if row["phase"] == phase and row["step"] <= done]
+        self.progress.phase(phase, steps, done=done, earlier=earlier)
 
     def step(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Log and show step `step` (from 1) of the current phase."""

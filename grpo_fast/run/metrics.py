@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -30,15 +30,24 @@ class RunLogger:
     A run that fails before anything was logged takes its folder away again.
     """
 
-    def __init__(self, path: Path, *, wandb_project: str | None, phase: str, step: int, new: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        wandb_project: str | None,
+        phase: str,
+        step: int,
+        new: bool,
+        earlier: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Use `create` or `resume`."""
         self.path = path
         self.phase_s: dict[str, float] = {}
         self._untouched = new
         self._made_parent = False
+        self._rewind: Callable[[], None] | None = None
         self._step_phase_s: dict[str, float] = {}
         self._running: list[str] = []  # names of the phase timers now open, outermost first
-        earlier = read_rows(path / "metrics.jsonl")
         for row in earlier:
             for key, value in row.items():
                 if key.startswith("time/") and key != "time/step_s":
@@ -47,8 +56,7 @@ class RunLogger:
         now = time.perf_counter()
         self._start = now - (earlier[-1]["time_s"] if earlier else 0.0)
         self._mark = self._last_step = now
-        self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
-        self._samples = (path / "samples.jsonl").open("ab", buffering=0)
+        self._files: dict[str, FileIO] = {}
         self._tensorboard: dict[str, Any] = {}
         self._resumed_at = (phase, step) if not new else None
         self._rows = len(earlier)
@@ -76,12 +84,18 @@ class RunLogger:
 
     @classmethod
     def resume(
-        cls, run_dir: Path | str, *, phase: str, step: int, wandb_project: str | None = None
+        cls,
+        run_dir: Path | str,
+        *,
+        phase: str,
+        step: int,
+        config_toml: str | None = None,
+        wandb_project: str | None = None,
     ) -> "RunLogger":
-        """Go on with a run from a checkpoint taken after `step` of `phase`.
+        """Go on with a run from a checkpoint taken after `step` of `phase`, with `config_toml` from there on.
 
-        What the run had logged after that point is removed, in one rename, so that a resumed run's metrics
-        read like those of a run that was never interrupted.
+        What the run had logged after that point is removed, so that a resumed run's metrics read like those of a run
+        that was never interrupted: with the first thing that is written, and not before.
         """
         path = Path(run_dir)
         if wandb_project:
@@ -91,10 +105,17 @@ class RunLogger:
         reached = (PHASES.index(phase), step)
         metrics = [row for row in read_rows(path / "metrics.jsonl") if _place(row) <= reached]
         samples = [row for row in read_rows(path / "samples.jsonl") if _kept_sample(row, reached)]
-        for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
-            write_atomically(path / name, "".join(map(_json_line, rows)))
-        (path / "summary.json").unlink(missing_ok=True)
-        return cls(path, wandb_project=wandb_project, phase=phase, step=step, new=False)
+
+        def rewind() -> None:
+            for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
+                write_atomically(path / name, "".join(map(_json_line, rows)))
+            (path / "summary.json").unlink(missing_ok=True)
+            if config_toml is not None:
+                write_atomically(path / "config.toml", config_toml)
+
+        logger = cls(path, wandb_project=wandb_project, phase=phase, step=step, new=False, earlier=metrics)
+        logger._rewind = rewind
+        return logger
 
     def __enter__(self) -> "RunLogger":
         return self
@@ -104,8 +125,8 @@ class RunLogger:
 
     def close(self, *, failed: bool = False) -> None:
         """Close every file; TensorBoard and W&B are flushed."""
-        self._metrics.close()
-        self._samples.close()
+        for file in self._files.values():
+            file.close()
         try:
             for writer in self._tensorboard.values():
                 writer.close()
@@ -144,7 +165,7 @@ class RunLogger:
             "time/step_s": round(now - self._last_step, 6),
         }
         self._step_phase_s, self._last_step = {}, now
-        self._append(self._metrics, [row])
+        self._append("metrics.jsonl", [row])
         self._rows += 1
         try:
             writer = self._writer(phase)
@@ -161,10 +182,11 @@ class RunLogger:
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append completions: `when` ("before", "after", "step"), `step`, `prompt`, `completion`, `scores`,
         `judge` (or None), `kind` (or None), `finish_reason`."""
-        self._append(self._samples, rows)
+        self._append("samples.jsonl", rows)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write `summary.json`, whole or not at all. `wall_s` and `phase_s` are filled in when not given."""
+        self._append("metrics.jsonl", [])
         filled = {"wall_s": round(self.wall_s, 3), "phase_s": self.rounded_phases(), **values}
         text = json.dumps(_finite(filled), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(self.path / "summary.json", text + "\n")
@@ -198,8 +220,14 @@ class RunLogger:
                 totals[self._running[-1]] = totals.get(self._running[-1], 0.0) + now - self._mark
         self._mark = now
 
-    def _append(self, file: FileIO, rows: Iterable[Mapping[str, Any]]) -> None:
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append whole lines, or, when the disk refuses, none of them."""
+        if self._rewind:
+            self._rewind()
+            self._rewind = None
+        if name not in self._files:
+            self._files[name] = (self.path / name).open("ab", buffering=0)
+        file = self._files[name]
         data = memoryview("".join(map(_json_line, rows)).encode())
         end = file.seek(0, os.SEEK_END)
         try:

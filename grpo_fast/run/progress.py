@@ -4,7 +4,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console, Group
@@ -58,23 +58,30 @@ class Progress:
         if self._live:
             self._live.__exit__(*exception)
 
-    def phase(self, name: str, total: int, *, done: int = 0) -> None:
-        """Begin a phase of `total` steps, of which a resumed run has `done` behind it."""
+    def phase(
+        self, name: str, total: int, *, done: int = 0, earlier: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Begin a phase of `total` steps, of which a resumed run has `done` behind it, with these scalars."""
         self._phase, self._total, self._step, self._first_step = name, total, done, done
         self._started = time.perf_counter()
         self._row, self._history = {}, {}
+        for row in earlier:
+            self._remember(row)
         self._redraw()
 
     def update(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Show step `step` (counted from 1) of the current phase."""
         self._step, self._row = step, scalars
-        for key, value in scalars.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._history.setdefault(key, []).append(float(value))
+        self._remember(scalars)
         if self._live:
             self._redraw()
         else:
             print(self._line(), file=self.file, flush=True)
+
+    def _remember(self, scalars: Mapping[str, Any]) -> None:
+        for key, value in scalars.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._history.setdefault(key, []).append(float(value))
 
     def message(self, text: str) -> None:
         """One line above the display (or among the plain lines)."""

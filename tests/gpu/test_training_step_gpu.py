@@ -157,3 +157,21 @@ def test_an_update_changes_the_policy_and_its_engine_agrees(family, preset):
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
     assert metrics["mismatch_mean"] < 0.05  # bfloat16 rounds differently in prefill, decode and packed passes
     assert any(not torch.equal(before[name], value) for name, value in policy.state_dict().items())
+
+
+def test_ligers_body_computes_what_the_plain_one_does():
+    pytest.importorskip("liger_kernel")
+    from grpo_fast.models.liger import apply_liger
+
+    plain = policy()
+    other = copy.deepcopy(plain.model)
+    ids = torch.randint(5, 500, (1, 48), device=DEVICE)
+    exact = copy.deepcopy(plain.model).double()
+    with torch.no_grad():
+        truth = exact.set_attn_implementation("sdpa") or exact(ids, use_cache=False).logits
+        plain.model.set_attn_implementation("sdpa")
+        other.set_attn_implementation("sdpa")
+        wanted = plain.model(ids, use_cache=False).logits.double()
+        apply_liger(other)
+        found = other(ids, use_cache=False).logits.double()
+    assert (found - truth).abs().max() <= 1.5 * (wanted - truth).abs().max() + 1e-3
