@@ -3,19 +3,32 @@
     python -m benchmarks.gpu --output benchmarks/results
 
 Runs the loss head in bf16 at the head shapes of Qwen2.5 (0.5B, 1.5B, 7B, 14B), trained, frozen and forward
-only, against the cuBLAS time of the same products in the same run. A shape that fails is reported and the
-others go on.
+only, against the cuBLAS time of the same products in the same run; then the two elementwise operations against the
+time of a copy of the same bytes. A shape that fails is reported and the others go on.
 """
 
 import argparse
+import json
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from grpo_kernels import LossConfig, group_advantages, grpo_loss
 
 from benchmarks import loss_head
 
-SHAPES = ("8192,896,151936", "8192,1536,151936", "8192,3584,152064", "8192,5120,152064", "32768,3584,152064")
+SHAPES = (
+    "8192,896,151936",
+    "8192,1536,151936",
+    "8192,3584,152064",
+    "8192,5120,152064",
+    "65536,896,151936",
+    "32768,3584,152064",
+    "4096,4096,131072",
+)
 MODES = ("trained", "frozen", "forward")
 
 
@@ -46,8 +59,60 @@ def main(argv: list[str] | None = None) -> int:
                 code = 1
             if code:
                 failed.append(name)
+    (folder / "elementwise.json").write_text(json.dumps(elementwise(), indent=1) + "\n")
     print(f"{len(args.shapes) * len(MODES) - len(failed)} runs done, {len(failed)} failed: {failed}")
     return 1 if failed else 0
+
+
+def elementwise(device: str = "cuda", *, repeats: int = 30) -> dict[str, Any]:
+    """`grpo_loss` forward and backward, and `group_advantages`, beside a copy of the bytes they must move.
+
+    Milliseconds of each repeat, for 2^12, 2^18 and 2^24 tokens, and as many rewards of four heads.
+    """
+    config = LossConfig.preset("grpo", kl_coef=0.04, aggregation="token_mean")
+    record: dict[str, Any] = {
+        "benchmark": "elementwise",
+        "device": loss_head.device_name(device),
+        "samples_ms": {},
+    }
+    for power in (12, 18, 24):
+        for name, run in _elementwise_runs(2**power, config, device).items():
+            record["samples_ms"][f"{name}, {2**power} rows"] = _times(run, repeats)
+    for name, samples in record["samples_ms"].items():
+        print(f"{name:45}{statistics.median(samples):>10.4f} ms")
+    return record
+
+
+def _elementwise_runs(tokens: int, config: LossConfig, device: str) -> dict[str, Callable[[], object]]:
+    logprobs = (-torch.rand(tokens, device=device)).requires_grad_()
+    old, ref = logprobs.detach() + 0.1, logprobs.detach() - 0.1
+    advantages, rewards = torch.randn(tokens, device=device), torch.randn(tokens, 4, device=device)
+    floats = torch.empty(3 * tokens, device=device)  # four inputs read, the gradient written and read
+
+    def loss() -> None:
+        value, _ = grpo_loss(logprobs, advantages, config, old_logprobs=old, ref_logprobs=ref)
+        torch.autograd.grad(value, logprobs)
+
+    return {
+        "grpo_loss": loss,
+        "copy for grpo_loss": floats.clone,
+        "group_advantages": lambda: group_advantages(rewards, group_size=8, mode="gdpo"),
+        "copy for group_advantages": rewards.clone,
+    }
+
+
+def _times(run: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds between two events around each call, after three calls of warm-up."""
+    samples = []
+    for repeat in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat >= 3:
+            samples.append(start.elapsed_time(end))
+    return samples
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ PRODUCTS = {"trained": 3, "frozen": 2, "forward": 1}
 LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; exit code 1 where a contender of ours disagrees with float64."""
     args = _arguments(argv)
     spec = vars(args)
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(row["agrees"] is not False for row in results.values()) else 1
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -185,7 +186,7 @@ def _record(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> dic
         "shape": list(args.shape),
         "mode": args.mode,
         "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else _processor(),
+        "device": device_name(args.device),
         "threads": args.threads or torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__} | _versions(),
         "commit": _commit(),
@@ -210,7 +211,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def device_name(kind: str) -> str:
+    """What a record is of: the GPU's name, or the processor's."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     return next(
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
@@ -218,8 +222,13 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit that was measured; "+" after it: with changes that are in none."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "kernels", "benchmarks/*.py")
+    return (git("rev-parse", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def _print_table(record: dict[str, Any]) -> None:

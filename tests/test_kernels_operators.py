@@ -130,6 +130,16 @@ def test_without_gradients_none_is_computed(monkeypatch):
     assert not loss.requires_grad and not logprobs.requires_grad
 
 
+def test_gradients_hold_no_graph():
+    leaves, targets = tensors(dtype=torch.float32)
+    loss, _ = linear_grpo_loss(leaves[0], leaves[1], targets, ADVANTAGES, LossConfig.preset("dapo"))
+    (2 * loss).backward()
+    logprobs, _ = linear_logprob(leaves[0], leaves[1].detach(), targets)
+    (d_hidden,) = torch.autograd.grad(logprobs.sum(), leaves[0])
+    for gradient in (leaves[0].grad, leaves[1].grad, d_hidden):
+        assert gradient is not None and not gradient.requires_grad and gradient.grad_fn is None
+
+
 def test_a_configuration_survives_its_key():
     config = LossConfig.preset("vespo", mismatch="mask", ratio_cap=None, entropy_quantile=0.2)
     assert LossConfig.from_key(config.key) == config

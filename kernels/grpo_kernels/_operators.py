@@ -22,6 +22,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     A factor of one is free to skip on the CPU only, where reading it does not wait for anything. While a graph is
     traced it is a plain product.
     """
+    gradient = gradient.detach()  # as an output of the operator it is tied to the graph
     if type(factor) is not Tensor:
         return gradient * factor
     if factor.device.type != "cpu" or float(factor) != 1.0:
