@@ -217,6 +217,7 @@ CONTENDERS: dict[str, Callable[[Problem, str], Run]] = {
     "products": products,
     "torch": ours("torch"),
     "triton": ours("triton"),
+    "fused": ours("fused"),
     "eager": eager,
     "compiled": compiled,
     "liger": liger(False),

@@ -211,7 +211,7 @@ def test_strided_inputs():
         ({"bias": torch.zeros(V + 1)}, "bias must have shape"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"softcap": -1.0}, "softcap must be positive"),
-        ({"backend": "fast"}, "backend must be one of auto, torch, triton; got 'fast'"),
+        ({"backend": "fast"}, "backend must be one of auto, torch, triton, fused; got 'fast'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -77,12 +77,13 @@ def compare(
     *,
     entropy_gradient: bool,
     tolerance: float,
+    backend: str = "triton",
 ) -> None:
     count = len(targets)
     by = [torch.linspace(-1.0, 2.0, count)]
     if entropy_gradient:
         by.append(torch.linspace(1.5, -0.5, count))
-    ours = outputs(linear_logprob, inputs, targets, options | {"backend": "triton"}, by)
+    ours = outputs(linear_logprob, inputs, targets, options | {"backend": backend}, by)
     truth = outputs(reference.linear_logprob, [tensor.double() for tensor in inputs], targets, options, by)
     names = ["logprobs", "entropy", "d_hidden", "d_weight", "d_bias"]
     for name, value, true in zip(names, ours, truth, strict=False):

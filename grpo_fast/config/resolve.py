@@ -65,8 +65,9 @@ def resolve_device(config: TrainConfig) -> torch.device:
     if config.policy.liger and device.type != "cuda":
         raise FieldError("policy.liger", f"needs a CUDA device, the run is on {device.type}; leave it off")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if config.policy.backend == "triton" and device.type != "cuda" and not interpreted:
-        raise FieldError("policy.backend", "triton needs a CUDA device; use auto or torch")
+    backend = config.policy.backend
+    if backend in ("triton", "fused") and device.type != "cuda" and not interpreted:
+        raise FieldError("policy.backend", f"{backend} needs a CUDA device; use auto or torch")
     return device
 
 

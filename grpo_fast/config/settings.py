@@ -36,8 +36,8 @@ class PolicySettings:
     """Recompute each layer in the backward pass: about a third more work, far less memory."""
     liger: bool = False
     """Liger's RMSNorm, rotary embedding and gated MLP in the body of the model; needs a CUDA device."""
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """Kernels of the loss head; auto takes triton on a CUDA device and torch elsewhere."""
+    backend: Literal["auto", "torch", "triton", "fused"] = "auto"
+    """Kernels of the loss head; auto takes triton on a CUDA device and torch elsewhere (fused: not measured yet)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "triton"]
-BACKENDS = ("auto", "torch", "triton")
+Backend = Literal["auto", "torch", "triton", "fused"]
+BACKENDS = ("auto", "torch", "triton", "fused")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("grpo_kernels")
@@ -191,12 +191,14 @@ def make_head(
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolves ``auto``: triton on CUDA if installed, else torch; torch for float64. Logs each choice once.
 
+    ``auto`` never takes fused, which is unmeasured.
+
     Raises:
         ValueError: a backend that cannot run on this device or dtype.
     """
     if backend != "auto":
-        if backend == "triton" and dtype == torch.float64:
-            raise ValueError("backend 'triton' does not take float64; use backend='torch'")
+        if backend in ("triton", "fused") and dtype == torch.float64:
+            raise ValueError(f"backend {backend!r} does not take float64; use backend='torch'")
         return backend
     able = device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
     chosen = "triton" if able else "torch"
@@ -225,6 +227,10 @@ def run_head(head: Head, needs: Needs, coefficients: Coefficients | None, backen
             from ._triton_head import triton_head  # imports triton, which only this backend needs
 
             return triton_head(head, needs, coefficients)
+        if chosen == "fused":
+            from ._fused_head import fused_head
+
+            return fused_head(head, needs, coefficients)
         from ._torch_head import torch_head
 
         return torch_head(head, needs, coefficients)

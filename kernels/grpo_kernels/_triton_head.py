@@ -52,18 +52,20 @@ class _Chunk:
 class _TritonSteps:
     """Scratch of one call and what is done to each chunk."""
 
+    backend = "triton"
+
     def __init__(self, head: Head, needs: Needs) -> None:
         """Raises ValueError for tensors off the GPU, unless Triton interprets its kernels."""
         device = head.hidden.device
         if device.type != "cuda" and not _interpreted():
             raise ValueError(
-                f"backend 'triton' needs CUDA tensors, got {device.type}; "
+                f"backend {self.backend!r} needs CUDA tensors, got {device.type}; "
                 "set TRITON_INTERPRET=1 before the first import of triton to run it in the interpreter"
             )
         self.head, self.needs = head, needs
         count, vocabulary = head.hidden.shape[0], head.weight.shape[0]
         self.padded = -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        self.part, self.rows = _sizes(count, self.padded, head.hidden.dtype.itemsize, bool(needs))
+        self.part, self.rows = self.sizes(count)
         self.probabilities = head.hidden.dtype == torch.float16
         # One chunk is all of dW: the product rounds it to the head's dtype itself, and no float32 dW exists.
         whole = count <= self.rows and device.type == "cuda" and not self.probabilities
@@ -79,6 +81,10 @@ class _TritonSteps:
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
         launch = launch_for(major, head.hidden.dtype, vocabulary)
         self.launch = {"BLOCK": launch.block, "num_warps": launch.warps}
+
+    def sizes(self, count: int) -> tuple[int, int]:
+        """Rows of a part, whose logits exist at once, and of a chunk."""
+        return _sizes(count, self.padded, self.head.hidden.dtype.itemsize, bool(self.needs))
 
     def forward(self, rows: slice) -> _Chunk:
         """Log-probs and entropies of a chunk, and its E or E′ in the scratch where gradients are needed."""

@@ -38,7 +38,7 @@ def linear_logprob(
             the host, the log-prob is NaN, unless the environment says ``GRPO_KERNELS_DEBUG=1``.
         temperature: positive.
         bias: (V,); -inf entries mask tokens that are never targets.
-        backend: "torch", "triton", or "auto": triton on CUDA, torch elsewhere.
+        backend: "torch", "triton", "fused", or "auto": triton on CUDA, torch elsewhere.
 
     Returns:
         logprobs and entropy, (N,) each, float32 (float64 for float64 inputs), entropy in nats.

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "fused"]
 # relative to the norm of the truth: log-probs and entropies, gradients
 SLACK = {torch.bfloat16: (1e-5, 2e-3), torch.float16: (1e-5, 5e-4), torch.float32: (1e-5, 1e-5)}
 
