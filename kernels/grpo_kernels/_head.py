@@ -6,17 +6,18 @@ N tokens, H hidden size, V vocabulary.
 import logging
 import math
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton", "fused"]
 BACKENDS = ("auto", "torch", "triton", "fused")
+ELEMENTWISE_BACKENDS = ("auto", "torch", "triton")  # of the operations without a product
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("grpo_kernels")
@@ -162,8 +163,7 @@ def check_head(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    check_backend(backend)
 
 
 def make_head(
@@ -188,6 +188,12 @@ def make_head(
     return Head(hidden, weight, targets.long(), bias, float(temperature), softcap, float(logit_scale))
 
 
+def check_backend(backend: str, known: Sequence[str] = BACKENDS) -> None:
+    """ValueError for a name that is none of the known."""
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}; got {backend!r}")
+
+
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolves ``auto``: triton on CUDA if installed, else torch; torch for float64. Logs each choice once.
 
@@ -204,8 +210,13 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     chosen = "triton" if able else "torch"
     if (device.type, chosen) not in _announced:
         _announced.add((device.type, chosen))
-        _log.info("loss head on %s: backend %s", device.type, chosen)
+        _log.info("kernels on %s: backend %s", device.type, chosen)
     return chosen
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one: Triton launches its kernels there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def chunk_rows(count: int, bytes_per_row: int, budget: int) -> int:
@@ -218,11 +229,8 @@ def run_head(head: Head, needs: Needs, coefficients: Coefficients | None, backen
     """One pass over token chunks on the chosen backend; gradients need coefficients."""
     chosen = choose_backend(backend, head.hidden.device, head.hidden.dtype)
     device = head.hidden.device
-    current = (
-        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    )  # where kernels are launched
     # Autocast would send the float32 products through a lower precision.
-    with current, torch.autocast(device.type, enabled=False):
+    with on_device(device), torch.autocast(device.type, enabled=False):
         if chosen == "triton":
             from ._triton_head import triton_head  # imports triton, which only this backend needs
 

@@ -1,11 +1,12 @@
 """The table of per-token losses: value and derivative by the token's log-prob, written out.
 
 N tokens, S sequences. Everything here is elementwise over N (or a sum over a sequence), tiny beside the
-product with the vocabulary, so one set of PyTorch expressions serves every backend.
+product with the vocabulary. ``_triton_loss`` is the same table as one Triton kernel.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,21 @@ def check_config(config: LossConfig) -> None:
         raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
 
 
-def prepare(
+@dataclass(frozen=True)
+class Arguments:
+    """What a loss is given beside log-probs and entropy: checked, on their device, without gradient."""
+
+    advantages: Tensor  # (N,) or (S,)
+    by_sequence: bool  # which of the two
+    old: Tensor | None  # (N,), as are the next two
+    ref: Tensor | None
+    rollout: Tensor | None
+    loss_mask: Tensor | None  # (N,) bool or integer
+    cu_seqlens: Tensor | None  # (S+1,) int32 or int64
+    divisor: float | Tensor | None  # a tensor is 0-d; None: the number of loss tokens
+
+
+def check(
     config: LossConfig,
     count: int,
     advantages: Tensor,  # (N,) or (S,)
@@ -97,8 +112,9 @@ def prepare(
     normalizer: float | Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> Tokens:
-    """Checks the arguments that all losses share and brings them to per-token form."""
+) -> Arguments:
+    """Checks the arguments that all losses share and moves them to the device, float ones in this dtype."""
+    check_config(config)
     if config.kl_coef != 0.0 and ref_logprobs is None:
         raise ValueError(f"kl_coef = {config.kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
     if config.mismatch != "none" and rollout_logprobs is None:
@@ -112,14 +128,17 @@ def prepare(
     if config.aggregation == "constant" and normalizer is None:
         raise ValueError("aggregation='constant' needs a normalizer, such as the number of sequences")
 
+    def real(value: Tensor) -> Tensor:
+        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+
     def per_token(name: str, value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
         if value.shape != (count,):
             raise ValueError(f"{name} must have shape (N,) = ({count},), got {tuple(value.shape)}")
-        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+        return real(value)
 
-    sequence = bounds = None
+    sequences = None
     if cu_seqlens is not None:
         if (
             cu_seqlens.ndim != 1
@@ -134,64 +153,94 @@ def prepare(
             steps = cu_seqlens.diff()
             if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != count or bool((steps < 0).any()):
                 raise ValueError(f"cu_seqlens must rise from 0 to N = {count}, got {_short(cu_seqlens)}")
-        bounds = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
-        sequence = torch.searchsorted(bounds, torch.arange(count, device=device), right=True) - 1
+        sequences = cu_seqlens.numel() - 1
+        cu_seqlens = cu_seqlens.to(device=device, non_blocking=True)
 
-    if loss_mask is None:
-        counted = torch.ones(count, dtype=torch.bool, device=device)
-    else:
+    if loss_mask is not None:
         if loss_mask.dtype.is_floating_point or loss_mask.shape != (count,):
             raise ValueError(
                 f"loss_mask must be bool or integer of shape (N,) = ({count},), "
                 f"got {loss_mask.dtype} {tuple(loss_mask.shape)}"
             )
-        counted = loss_mask.to(device=device, non_blocking=True) != 0
+        loss_mask = loss_mask.to(device=device, non_blocking=True)
 
-    sequences = None if bounds is None else bounds.numel() - 1
-    by_sequence = advantages.shape == (sequences,) and advantages.shape != (count,)
-    if by_sequence:
-        assert sequence is not None
-        advantage = advantages.detach().to(device=device, dtype=dtype, non_blocking=True)[sequence]
-    elif advantages.shape == (count,):
-        advantage = advantages.detach().to(device=device, dtype=dtype, non_blocking=True)
-    else:
+    if advantages.shape not in ((count,), (sequences,)):
         wanted = f"(N,) = ({count},)" + ("" if sequences is None else f" or (S,) = ({sequences},)")
         raise ValueError(f"advantages must have shape {wanted}, got {tuple(advantages.shape)}")
 
-    advantage = torch.where(counted, advantage, 0.0)  # a masked token may hold anything
-
-    # A token without advantage carries nothing, unless another term acts on it or others average over it.
-    active = counted
-    if config.skips_zero_advantage(by_sequence):
-        active = counted & (advantage != 0)
-
-    weights = counted.to(dtype)
-    if config.aggregation == "sequence_mean":
-        assert sequence is not None and bounds is not None
-        weights = weights / sequence_sum(weights, bounds).clamp(min=1.0)[sequence]
-        divisor = sequences if normalizer is None else normalizer
-    elif config.aggregation == "token_mean":
-        divisor = weights.sum().clamp(min=1.0) if normalizer is None else normalizer
-    else:
-        divisor = normalizer
+    divisor = normalizer
+    if divisor is None and config.aggregation == "sequence_mean":
+        divisor = sequences
     if isinstance(divisor, Tensor):
         if divisor.ndim != 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(divisor.shape)}")
-        divisor = divisor.detach().to(device=device, dtype=dtype, non_blocking=True)
-    elif divisor is None or divisor < 0 or (divisor == 0 and count > 0):
+        divisor = real(divisor)
+    elif divisor is not None and not (divisor > 0 or (divisor == 0 and count == 0)):
         raise ValueError(f"normalizer must be positive, got {divisor}")
-    weights = weights / divisor
 
-    return Tokens(
-        advantages=advantage,
-        weights=weights,
-        active=active,
+    return Arguments(
+        advantages=real(advantages),
+        by_sequence=advantages.shape != (count,),
         old=per_token("old_logprobs", old_logprobs),
         ref=per_token("ref_logprobs", ref_logprobs),
         rollout=per_token("rollout_logprobs", rollout_logprobs),
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        divisor=divisor,
+    )
+
+
+def prepare(config: LossConfig, count: int, advantages: Tensor, **given: Any) -> Tokens:
+    """Arguments as ``check`` takes them, in per-token form."""
+    return per_token_form(config, count, check(config, count, advantages, **given))
+
+
+def per_token_form(config: LossConfig, count: int, arguments: Arguments) -> Tokens:
+    """The same for each of N = count tokens."""
+    advantages, device = arguments.advantages, arguments.advantages.device
+    sequence = bounds = None
+    if arguments.cu_seqlens is not None:
+        bounds = arguments.cu_seqlens.long()
+        sequence = torch.searchsorted(bounds, torch.arange(count, device=device), right=True) - 1
+    if arguments.loss_mask is None:
+        counted = torch.ones(count, dtype=torch.bool, device=device)
+    else:
+        counted = arguments.loss_mask != 0
+    if arguments.by_sequence:
+        assert sequence is not None
+        advantages = advantages[sequence]
+    advantages = torch.where(counted, advantages, 0.0)  # a masked token may hold anything
+
+    # A token without advantage carries nothing, unless another term acts on it or others average over it.
+    active = counted
+    if config.skips_zero_advantage(arguments.by_sequence):
+        active = counted & (advantages != 0)
+
+    weights = counted.to(advantages.dtype)
+    divisor = arguments.divisor
+    if divisor is None:
+        divisor = weights.sum().clamp(min=1.0)
+    if config.aggregation == "sequence_mean":
+        assert sequence is not None and bounds is not None
+        weights = weights / sequence_sum(weights, bounds).clamp(min=1.0)[sequence]
+    return Tokens(
+        advantages=advantages,
+        weights=weights / divisor,
+        active=active,
+        old=arguments.old,
+        ref=arguments.ref,
+        rollout=arguments.rollout,
         sequence=sequence,
         cu_seqlens=bounds,
     )
+
+
+def require_entropy(config: LossConfig, entropy: Tensor | None) -> None:
+    """Raises ValueError where the loss needs the entropy and has none."""
+    if entropy is None and config.entropy_quantile is not None:
+        raise ValueError("entropy_quantile needs the entropy of every token")
+    if entropy is None and config.entropy_coef != 0.0:
+        raise ValueError(f"entropy_coef = {config.entropy_coef} needs the entropy of every token")
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -316,7 +365,7 @@ def _mismatch_weight(gap: Tensor, tokens: Tokens, config: LossConfig) -> Tensor:
     return torch.where(kept, weight, 0.0)
 
 
-def _top_entropy(entropy: Tensor, counted: Tensor, share: float) -> Tensor:
+def top_entropy(entropy: Tensor, counted: Tensor, share: float) -> Tensor:
     """Which tokens belong to the share of highest entropy; no synchronisation."""
     if entropy.numel() == 0:
         return counted
@@ -329,6 +378,7 @@ def evaluate(
     config: LossConfig, tokens: Tokens, logprobs: Tensor, entropy: Tensor | None, *, measure: bool = True
 ) -> TokenLoss:
     """Loss, derivatives and (to measure) metrics of these tokens. Inactive tokens may hold anything."""
+    require_entropy(config, entropy)
     active = tokens.active
     logprobs = torch.where(active, logprobs, 0.0)
     old = logprobs if tokens.old is None else torch.where(active, tokens.old, 0.0)
@@ -352,9 +402,8 @@ def evaluate(
         correction = _mismatch_weight(torch.where(active, old - tokens.rollout, 0.0), tokens, config)
         kept = kept * correction
     if config.entropy_quantile is not None:
-        if entropy is None:
-            raise ValueError("entropy_quantile needs the entropy of every token")
-        kept = torch.where(_top_entropy(entropy, active, config.entropy_quantile), kept, 0.0)
+        assert entropy is not None
+        kept = torch.where(top_entropy(entropy, active, config.entropy_quantile), kept, 0.0)
     if config.off_policy_threshold is not None:
         drift = sequence_mean(-log_ratio, tokens)
         kept = torch.where((tokens.advantages < 0) & (drift > config.off_policy_threshold), 0.0, kept)
@@ -371,8 +420,7 @@ def evaluate(
             by_logprob = by_logprob + config.kl_coef * weights * divergence_slope
     by_entropy = None
     if config.entropy_coef != 0.0:
-        if entropy is None:
-            raise ValueError(f"entropy_coef = {config.entropy_coef} needs the entropy of every token")
+        assert entropy is not None
         by_entropy = -config.entropy_coef * weights
         loss = loss + by_entropy * torch.where(active, entropy, 0.0)
     metrics: dict[str, Tensor] = {}

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._head import ELEMENTWISE_BACKENDS, check_backend, choose_backend, on_device
+
 Mode = Literal["scalarized", "per_head", "gdpo", "dvao", "leave_one_out"]
 Scale = Literal["group", "batch", "none"]
 MODES = ("scalarized", "per_head", "gdpo", "dvao", "leave_one_out")
@@ -29,6 +31,7 @@ def group_advantages(
     scale: Scale | None = None,
     std_floor: float = 0.0,
     eps: float = 1e-6,
+    backend: str = "auto",
 ) -> Tensor:
     """Advantage of each sequence over the others of its group.
 
@@ -54,6 +57,8 @@ def group_advantages(
             None: the mode's own, "none" for leave_one_out and "group" for the others.
         std_floor: in the unit of the rewards.
         eps: added to each divisor.
+        backend: "torch", "triton" (one kernel; three where a spread over the batch is needed), or "auto": triton
+            on CUDA where it is installed.
 
     Returns:
         (S,) float32 on the device of rewards. Computed in float64.
@@ -77,20 +82,30 @@ def group_advantages(
         )
     if std_floor < 0 or eps < 0:
         raise ValueError(f"std_floor and eps must not be negative, got {std_floor} and {eps}")
+    check_backend(backend, ELEMENTWISE_BACKENDS)
     count, heads = values.shape
-    w = torch.ones(heads) if weights is None else torch.as_tensor(weights)
-    if w.shape != (heads,):
-        raise ValueError(f"weights must have shape (R,) = ({heads},), got {tuple(w.shape)}")
-    w = w.to(device=values.device, dtype=torch.float64)
-    values = values.double()
+    w = None if weights is None else torch.as_tensor(weights)
+    if w is not None:
+        if w.shape != (heads,):
+            raise ValueError(f"weights must have shape (R,) = ({heads},), got {tuple(w.shape)}")
+        w = w.to(device=values.device, dtype=torch.float64, non_blocking=True)
     if values.device.type == "cpu" and bool(values.isinf().any()):
         row = int(values.isinf().any(1).nonzero()[0])
         raise ValueError(f"rewards must be finite or NaN, got {values[row].tolist()} in row {row}")
-    place, sizes = _places(count, group_size, group_sizes)
-    place = place.to(values.device)
+    sizes = _sizes(count, group_size, group_sizes)
     if count == 0:
         return torch.empty(0, device=values.device)
+    if choose_backend(backend, values.device, torch.float32) == "triton":
+        from ._advantage_kernels import advantages_of_groups  # imports triton, which only this backend needs
 
+        with on_device(values.device):
+            return advantages_of_groups(
+                values, sizes, w, mode=mode, scale=scale, std_floor=std_floor, eps=eps
+            )
+
+    values = values.double()
+    w = values.new_ones(heads) if w is None else w
+    place = _places(sizes).to(values.device)
     # Groups side by side, padded with NaN: missing and absent are the same thing from here on.
     grouped = values.new_full((len(sizes) * max(sizes), heads), torch.nan)
     grouped[place] = values
@@ -120,24 +135,23 @@ def group_advantages(
     return result.flatten()[place].float()
 
 
-def _places(
-    count: int, group_size: int, group_sizes: Tensor | Sequence[int] | None
-) -> tuple[Tensor, list[int]]:
-    """Where each sequence lies among the padded groups, (S,), and the sizes of the groups."""
+def _sizes(count: int, group_size: int, group_sizes: Tensor | Sequence[int] | None) -> list[int]:
+    """Sizes of the groups, checked."""
     if group_sizes is None:
         if group_size < 1 or count % group_size:
             raise ValueError(f"group_size must divide S = {count}, got {group_size}")
-        sizes = [group_size] * (count // group_size)
-    else:
-        sizes = group_sizes.tolist() if isinstance(group_sizes, Tensor) else list(group_sizes)
-        if sum(sizes) != count or any(size < 1 for size in sizes):
-            raise ValueError(
-                f"group_sizes must be positive and sum to S = {count}, got a sum of {sum(sizes)}"
-            )
+        return [group_size] * (count // group_size)
+    sizes = group_sizes.tolist() if isinstance(group_sizes, Tensor) else list(group_sizes)
+    if sum(sizes) != count or any(size < 1 for size in sizes):
+        raise ValueError(f"group_sizes must be positive and sum to S = {count}, got a sum of {sum(sizes)}")
+    return sizes
+
+
+def _places(sizes: list[int]) -> Tensor:
+    """Where each sequence lies among the groups padded to the widest: (S,)."""
     lengths = torch.tensor(sizes, dtype=torch.int64)
-    widest = max(sizes, default=0)
-    first = torch.arange(len(sizes)) * widest - (lengths.cumsum(0) - lengths)
-    return torch.arange(count) + first.repeat_interleave(lengths), sizes
+    first = torch.arange(len(sizes)) * max(sizes) - (lengths.cumsum(0) - lengths)
+    return torch.arange(sum(sizes)) + first.repeat_interleave(lengths)
 
 
 def _present(values: Tensor) -> Tensor:

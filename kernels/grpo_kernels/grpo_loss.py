@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._token_loss import Tokens, check_config, evaluate, prepare
+from ._head import ELEMENTWISE_BACKENDS, check_backend, choose_backend, on_device
+from ._token_loss import check, check_config, evaluate, metric_names, per_token_form
 from .loss_config import LossConfig
 
 
@@ -22,6 +23,7 @@ def grpo_loss(
     entropy: Tensor | None = None,  # (N,)
     cu_seqlens: Tensor | None = None,  # (S+1,)
     normalizer: float | Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a batch of packed completion tokens, from their log-probs.
 
@@ -43,6 +45,8 @@ def grpo_loss(
         cu_seqlens: int32 or int64 boundaries of the sequences in N, from 0 to N.
         normalizer: sequence_mean: number of sequences; token_mean: number of loss tokens; constant: the
             constant, which must be given. None: of this call.
+        backend: "torch" (some 60 small operations), "triton" (float32: one kernel and the sum of its parts), or
+            "auto": triton on CUDA where it is installed.
 
     Returns:
         The loss, 0-d, and metrics, 0-d tensors on the device without gradient: "tokens" (how many may carry
@@ -61,7 +65,50 @@ def grpo_loss(
     if entropy is not None and entropy.shape != logprobs.shape:
         raise ValueError(f"entropy must have shape (N,) = ({logprobs.shape[0]},), got {tuple(entropy.shape)}")
     check_config(config)
-    tokens = prepare(
+    check_backend(backend, ELEMENTWISE_BACKENDS)
+    number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
+    loss, measured, *_ = _forward(
+        logprobs,
+        entropy,
+        advantages.detach(),
+        old_logprobs,
+        ref_logprobs,
+        rollout_logprobs,
+        loss_mask,
+        cu_seqlens,
+        tensor,
+        None if number is None else float(number),
+        config.key,
+        backend,
+    )
+    names = _metric_names(config, entropy, ref_logprobs, rollout_logprobs)
+    return loss, dict(zip(names, measured.detach().unbind(), strict=True))
+
+
+def _metric_names(
+    config: LossConfig, entropy: Tensor | None, ref: Tensor | None, rollout: Tensor | None
+) -> tuple[str, ...]:
+    return metric_names(config, ref=ref is not None, rollout=rollout is not None, entropy=entropy is not None)
+
+
+@torch.library.custom_op("grpo_kernels::grpo_loss", mutates_args=())
+def _forward(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    normalizer_number: float | None,
+    config_key: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics (in the order of their names), and its derivatives by log-probs and entropies."""
+    config = LossConfig.from_key(config_key)
+    arguments = check(
         config,
         logprobs.shape[0],
         advantages,
@@ -70,33 +117,56 @@ def grpo_loss(
         rollout_logprobs=rollout_logprobs,
         loss_mask=loss_mask,
         cu_seqlens=cu_seqlens,
-        normalizer=normalizer,
+        normalizer=normalizer_number if normalizer is None else normalizer,
         device=logprobs.device,
         dtype=logprobs.dtype,
     )
-    metrics: dict[str, Tensor] = {}
-    loss = _GrpoLoss.apply(logprobs, entropy, tokens, config, metrics)
-    return loss, metrics  # type: ignore[return-value]
+    if choose_backend(backend, logprobs.device, logprobs.dtype) == "triton":
+        from ._triton_loss import evaluate_whole  # imports triton, which only this backend needs
 
-
-class _GrpoLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logprobs: Tensor,
-        entropy: Tensor | None,
-        tokens: Tokens,
-        config: LossConfig,
-        metrics: dict[str, Tensor],
-    ) -> Tensor:
+        with on_device(logprobs.device):
+            result = evaluate_whole(config, arguments, logprobs, entropy)
+        loss = result.loss.clone()  # one of the numbers measured
+    else:
+        tokens = per_token_form(config, logprobs.shape[0], arguments)
         result = evaluate(config, tokens, logprobs, entropy)
-        ctx.save_for_backward(result.by_logprob, result.by_entropy)
-        metrics.update(result.metrics)
-        return result.loss.sum()
+        loss = result.loss.sum()
+    names = _metric_names(config, entropy, ref_logprobs, rollout_logprobs)
+    measured = torch.stack([result.metrics[name].to(logprobs.dtype) for name in names])
+    by_entropy = logprobs.new_empty(0) if result.by_entropy is None else result.by_entropy
+    return loss, measured, result.by_logprob, by_entropy
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        by_logprob, by_entropy = ctx.saved_tensors
-        d_entropy = None if by_entropy is None or not ctx.needs_input_grad[1] else by_entropy * grads[0]
-        return by_logprob * grads[0], d_entropy, None, None, None
+
+@_forward.register_fake
+def _(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalizer: Tensor | None,
+    normalizer_number: float | None,
+    config_key: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    config = LossConfig.from_key(config_key)
+    names = _metric_names(config, entropy, ref_logprobs, rollout_logprobs)
+    per_token = logprobs.new_empty(logprobs.shape)
+    by_entropy = torch.empty_like(per_token) if config.entropy_coef != 0.0 else logprobs.new_empty(0)
+    return logprobs.new_empty(()), logprobs.new_empty(len(names)), per_token, by_entropy
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+
+
+def _differentiate(ctx: Any, by_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    by_logprob, by_entropy = (part.detach() for part in ctx.saved_tensors)
+    carried = by_entropy.numel() == by_logprob.numel() and ctx.needs_input_grad[1]
+    return (by_logprob * by_loss, by_entropy * by_loss if carried else None, *(None,) * 10)
+
+
+_forward.register_autograd(once_differentiable(_differentiate), setup_context=_save)

@@ -14,7 +14,9 @@ from ._head import (
     accumulation_dtype,
     autocast_inputs,
     check_head,
+    choose_backend,
     make_head,
+    on_device,
     run_head,
 )
 from ._operators import empty_gradients, scaled
@@ -162,7 +164,8 @@ def _forward(
         head = replace(head, hidden=hidden[chosen], targets=head.targets[chosen])
     metrics: dict[str, Tensor] = {}
     wanted = Needs(*needs, entropy=config.entropy_coef != 0.0)
-    output, loss = _one_pass(head, wanted, tokens, config, chosen, backend, metrics)
+    with on_device(hidden.device):
+        output, loss = _one_pass(head, wanted, tokens, config, chosen, backend, metrics)
     metrics["invalid_targets"] = ((targets < 0) | (targets >= weight.shape[0])).sum()
     names = _metric_names(config, ref_logprobs, rollout_logprobs)
     measured = torch.stack([metrics[name].to(head.accumulate) for name in names])
@@ -230,6 +233,11 @@ def _one_pass(
     metrics: dict[str, Tensor],
 ) -> tuple[HeadOutput, Tensor]:
     """The head's pass with this loss's coefficients; fills metrics and returns the loss."""
+    backend = choose_backend(backend, head.hidden.device, head.hidden.dtype)
+    measure = evaluate
+    if backend != "torch":
+        from ._triton_loss import evaluate as measure  # imports triton, which only these backends need
+
     count = tokens.active.shape[0]
     part = tokens if chosen is None else tokens.rows(chosen)
 
@@ -238,7 +246,7 @@ def _one_pass(
         return values if chosen is None else values.new_zeros(count).index_copy_(0, chosen, values)
 
     def finish(output: HeadOutput) -> tuple[Tensor, Tensor | None, Tensor]:
-        result = evaluate(config, tokens, spread(output.logprobs), spread(output.entropy))
+        result = measure(config, tokens, spread(output.logprobs), spread(output.entropy))
         metrics.update(result.metrics)
         by_logprob, by_entropy = result.by_logprob, result.by_entropy
         if chosen is not None:
@@ -253,7 +261,7 @@ def _one_pass(
     if not config.couples_tokens:
 
         def own(rows: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-            result = evaluate(config, part.rows(rows), logprobs, entropy, measure=False)
+            result = measure(config, part.rows(rows), logprobs, entropy, measure=False)
             return result.by_logprob, result.by_entropy
 
         output = run_head(head, needs, own, backend)

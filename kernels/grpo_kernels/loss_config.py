@@ -113,26 +113,24 @@ class LossConfig:
         return LossConfig(**fields)
 
     @property
-    def couples_tokens(self) -> bool:
-        """Whether a token's gradient depends on log-probs or entropies of other tokens."""
+    def couples_sequences(self) -> bool:
+        """Whether a token's gradient depends on log-probs of the other tokens of its sequence."""
         return (
             self.ratio_level == "sequence"
             or self.surrogate == "gamma"
             or self.mismatch == "sequence_mask"
-            or self.entropy_quantile is not None
             or self.off_policy_threshold is not None
         )
 
     @property
+    def couples_tokens(self) -> bool:
+        """Whether a token's gradient depends on log-probs or entropies of other tokens."""
+        return self.couples_sequences or self.entropy_quantile is not None
+
+    @property
     def needs_sequences(self) -> bool:
         """Whether the loss needs cu_seqlens."""
-        return (
-            self.ratio_level == "sequence"
-            or self.surrogate == "gamma"
-            or self.mismatch == "sequence_mask"
-            or self.off_policy_threshold is not None
-            or self.aggregation == "sequence_mean"
-        )
+        return self.couples_sequences or self.aggregation == "sequence_mean"
 
     def skips_zero_advantage(self, by_sequence: bool) -> bool:
         """Whether a token of advantage 0 (given by sequence, or each its own) can change neither loss nor

@@ -50,6 +50,7 @@ def grpo_loss(
     entropy: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, sequence by sequence. Metrics: tokens, and the means kl and ratio_mean over them."""
     count = logprobs.shape[0]
@@ -195,6 +196,7 @@ def group_advantages(
     scale: str | None = None,
     std_floor: float = 0.0,
     eps: float = 1e-6,
+    backend: str = "auto",
 ) -> Tensor:
     """Group by group, head by head."""
     rows = rewards.double().unsqueeze(1) if rewards.ndim == 1 else rewards.double()
