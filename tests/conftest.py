@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and nobody waits for a hub
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
@@ -16,6 +17,11 @@ keep_freed_memory()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 fill: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: the other process takes the many short ones meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -236,4 +236,4 @@ def test_auto_announces_its_choice_once(caplog):
     with caplog.at_level("INFO", logger="grpo_kernels"):
         for _ in range(2):
             linear_logprob(*leaves, targets)
-    assert [record.getMessage() for record in caplog.records] == ["loss head on cpu: backend torch"]
+    assert [record.getMessage() for record in caplog.records] == ["kernels on cpu: backend torch"]

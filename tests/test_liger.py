@@ -1,5 +1,7 @@
 """Liger's kernels in the body: which parts are exchanged. Their numbers need a GPU (`tests/gpu`)."""
 
+from typing import Any
+
 import pytest
 from transformers import BertConfig, BertLMHeadModel
 from transformers.models.qwen2 import modeling_qwen2
@@ -24,15 +26,20 @@ def test_the_body_is_exchanged_and_the_head_is_not():
     rotary, forward = modeling_qwen2.apply_rotary_pos_emb, type(model).forward
     assert apply_liger(model) == ["rope", "rms_norm", "swiglu"]
     assert modeling_qwen2.apply_rotary_pos_emb is not rotary
-    layers = model.base_model.layers
-    for module in (model.base_model.norm, layers[0].input_layernorm, layers[1].mlp):
+    body: Any = model.base_model
+    for module in (body.norm, body.layers[0].input_layernorm, body.layers[1].mlp):
         assert "liger" in module.forward.__func__.__module__
     assert type(model).forward is forward and "forward" not in vars(model)
 
 
 def test_an_architecture_without_kernels_is_named():
     pytest.importorskip("liger_kernel")
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     with pytest.raises(UserError, match="no kernels for model type bert"):
         apply_liger(BertLMHeadModel(BertConfig(vocab_size=50, **shape)))
 

@@ -291,9 +291,7 @@ def test_a_reward_function_that_fails_in_an_evaluation_costs_no_step(rewards, ca
     assert run_command(*flags, "--run.eval-every", "3", "--run.steps", "5") == 2
     assert "3 steps are kept, go on with --resume" in capsys.readouterr().err
     assert [row["step"] for row in metrics(rewards / "run")] == [1, 2, 3]
-    import eval_rewards
-
-    eval_rewards.sizes.append(16)  # mended
+    sys.modules["eval_rewards"].sizes.append(16)  # mended
     assert run_command("--resume", rewards / "run") == 0
     assert [row["step"] for row in metrics(rewards / "run")] == [1, 2, 3, 4, 5]
 
@@ -308,10 +306,9 @@ def test_functions_see_the_same_kind_of_prompt_when_tried_and_in_training(reward
     flags = own_model_flags(rewards, "qwen2")
     flags[flags.index("my_rewards:counts_e")] = "seen:look"
     assert run_command(*flags, "--data.system-prompt", "be kind", "--run.steps", "1") == 0
-    import seen
-
-    assert len(seen.seen) == 4  # tried, before, one step, after
-    for prompts, messages in seen.seen:
+    calls = sys.modules["seen"].seen
+    assert len(calls) == 4  # tried, before, one step, after
+    for prompts, messages in calls:
         assert all(prompt.startswith("tell me about the number ") for prompt in prompts)
         for prompt, chat in zip(prompts, messages, strict=True):
             assert [m["role"] for m in chat] == ["system", "user"]

@@ -1,6 +1,6 @@
 """hidden x head weight -> log-prob and entropy of each target, without logits in memory."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -8,6 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from ._head import Needs, accumulation_dtype, autocast_inputs, check_head, make_head, run_head
 from ._operators import empty_gradients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_logprob(
@@ -20,6 +23,8 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: str = "auto",
+    vocab_group: "ProcessGroup | None" = None,
+    vocab_start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token and entropy of its distribution, from hidden states.
 
@@ -40,6 +45,11 @@ def linear_logprob(
         bias: (V,); -inf entries mask tokens that are never targets.
         backend: "torch", "triton", "fused", or "auto": triton on CUDA, torch elsewhere.
 
+        vocab_group: the vocabulary is shared out over this process group: weight (and bias) hold this rank's rows,
+            hidden and targets are the same on every rank. The gradient of hidden comes back summed over the group.
+            PyTorch between the products, whatever the device; not inside ``torch.compile``.
+        vocab_start: with vocab_group, the token that this rank's first row stands for.
+
     Returns:
         logprobs and entropy, (N,) each, float32 (float64 for float64 inputs), entropy in nats.
 
@@ -48,6 +58,14 @@ def linear_logprob(
     """
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, backend)
+    if vocab_group is not None:
+        if backend not in ("auto", "torch"):
+            raise ValueError(f"backend must be auto or torch with vocab_group, got {backend!r}")
+        from ._vocab_parallel import vocab_parallel_logprob
+
+        options = (float(temperature), softcap, float(logit_scale))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return vocab_parallel_logprob(hidden, weight, targets, bias, options, vocab_group, vocab_start)
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not trained
     options = (float(temperature), softcap, float(logit_scale), backend)

@@ -220,7 +220,7 @@ def test_grpo_loss(name):
     found = []
     for function, dtype in ((reference.grpo_loss, torch.float64), (grpo_loss, torch.float32)):
         leaf = logprobs.to(dtype).requires_grad_()
-        arguments = {
+        arguments: dict[str, Any] = {
             key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for key, value in given.items()
         }
