@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
-
-from tests.kernel_cases import H, N, V, tensors
+from grpo_kernels import LossConfig, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob
+from kernel_cases import H, N, V, tensors
 
 ADVANTAGES = torch.linspace(-1, 1, N)
 CONFIG = LossConfig.preset("gspo", kl_coef=0.1)
@@ -45,6 +44,32 @@ def test_compiled_in_one_graph(program, frozen):
     torch.testing.assert_close(compiled, plain)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.1])
+def test_losses_and_advantages_compiled_in_one_graph(coef):
+    config = LossConfig.preset("dapo", entropy_coef=coef)
+    rewards = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    logprobs = torch.linspace(-3, -1, 12).requires_grad_()
+    entropy = torch.linspace(0, 1, 12).requires_grad_()
+
+    def program(logprobs, entropy):
+        advantages = group_advantages(rewards, group_sizes=[4, 3, 5], weights=[1.0, 0.5, 2.0])
+        loss, metrics = grpo_loss(
+            logprobs * 2, advantages, config, entropy=entropy, old_logprobs=logprobs.detach() * 2.1
+        )
+        return loss * 3 + metrics["ratio_mean"]
+
+    plain, compiled = (
+        f(logprobs, entropy) for f in (program, torch.compile(program, fullgraph=True, backend="aot_eager"))
+    )
+    torch.testing.assert_close(compiled, plain)
+    leaves = [logprobs, entropy] if coef else [logprobs]
+    found, wanted = (torch.autograd.grad(value, leaves) for value in (compiled, plain))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    if not coef:
+        assert torch.autograd.grad(program(logprobs, entropy), entropy, allow_unused=True) == (None,)
 
 
 def test_exported_forward():

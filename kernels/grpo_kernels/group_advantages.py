@@ -83,18 +83,34 @@ def group_advantages(
     if std_floor < 0 or eps < 0:
         raise ValueError(f"std_floor and eps must not be negative, got {std_floor} and {eps}")
     check_backend(backend, ELEMENTWISE_BACKENDS)
-    count, heads = values.shape
+    heads = values.shape[1]
     w = None if weights is None else torch.as_tensor(weights)
-    if w is not None:
-        if w.shape != (heads,):
-            raise ValueError(f"weights must have shape (R,) = ({heads},), got {tuple(w.shape)}")
-        w = w.to(device=values.device, dtype=torch.float64, non_blocking=True)
+    if w is not None and w.shape != (heads,):
+        raise ValueError(f"weights must have shape (R,) = ({heads},), got {tuple(w.shape)}")
+    sizes = None if group_sizes is None else torch.as_tensor(group_sizes)
+    return _advantages(values, group_size, sizes, w, mode, scale, float(std_floor), float(eps), backend)
+
+
+@torch.library.custom_op("grpo_kernels::group_advantages", mutates_args=())
+def _advantages(
+    values: Tensor,  # (S, R)
+    group_size: int,
+    group_sizes: Tensor | None,
+    weights: Tensor | None,
+    mode: str,
+    scale: str,
+    std_floor: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    count, heads = values.shape
+    w = None if weights is None else weights.to(values.device, torch.float64, non_blocking=True)
     if values.device.type == "cpu" and bool(values.isinf().any()):
         row = int(values.isinf().any(1).nonzero()[0])
         raise ValueError(f"rewards must be finite or NaN, got {values[row].tolist()} in row {row}")
     sizes = _sizes(count, group_size, group_sizes)
     if count == 0:
-        return torch.empty(0, device=values.device)
+        return torch.empty(0, device=values.device)  # float32, as below
     if choose_backend(backend, values.device, torch.float32) == "triton":
         from ._advantage_kernels import advantages_of_groups  # imports triton, which only this backend needs
 
@@ -135,13 +151,28 @@ def group_advantages(
     return result.flatten()[place].float()
 
 
-def _sizes(count: int, group_size: int, group_sizes: Tensor | Sequence[int] | None) -> list[int]:
+@_advantages.register_fake
+def _(
+    values: Tensor,
+    group_size: int,
+    group_sizes: Tensor | None,
+    weights: Tensor | None,
+    mode: str,
+    scale: str,
+    std_floor: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return values.new_empty(values.shape[0], dtype=torch.float32)
+
+
+def _sizes(count: int, group_size: int, group_sizes: Tensor | None) -> list[int]:
     """Sizes of the groups, checked."""
     if group_sizes is None:
         if group_size < 1 or count % group_size:
             raise ValueError(f"group_size must divide S = {count}, got {group_size}")
         return [group_size] * (count // group_size)
-    sizes = group_sizes.tolist() if isinstance(group_sizes, Tensor) else list(group_sizes)
+    sizes = group_sizes.tolist()
     if sum(sizes) != count or any(size < 1 for size in sizes):
         raise ValueError(f"group_sizes must be positive and sum to S = {count}, got a sum of {sum(sizes)}")
     return sizes
