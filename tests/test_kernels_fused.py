@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob, reference
-from grpo_kernels._head import Head, HeadOutput, Needs, run_head
+from grpo_kernels._backends import run_head
+from grpo_kernels._head import Head, HeadOutput, Needs
 from torch import Tensor
 
 pytest.importorskip("triton")

@@ -225,25 +225,6 @@ def chunk_rows(count: int, bytes_per_row: int, budget: int) -> int:
     return max(1, math.ceil(count / max(1, math.ceil(count / most))))
 
 
-def run_head(head: Head, needs: Needs, coefficients: Coefficients | None, backend: str) -> HeadOutput:
-    """One pass over token chunks on the chosen backend; gradients need coefficients."""
-    chosen = choose_backend(backend, head.hidden.device, head.hidden.dtype)
-    device = head.hidden.device
-    # Autocast would send the float32 products through a lower precision.
-    with on_device(device), torch.autocast(device.type, enabled=False):
-        if chosen == "triton":
-            from ._triton_head import triton_head  # imports triton, which only this backend needs
-
-            return triton_head(head, needs, coefficients)
-        if chosen == "fused":
-            from ._fused_head import fused_head
-
-            return fused_head(head, needs, coefficients)
-        from ._torch_head import torch_head
-
-        return torch_head(head, needs, coefficients)
-
-
 def run_chunks(
     head: Head, needs: Needs, coefficients: Coefficients | None, steps: Steps[Chunk]
 ) -> HeadOutput:

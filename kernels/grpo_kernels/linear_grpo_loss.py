@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._backends import run_head
 from ._head import (
     Head,
     HeadOutput,
@@ -17,7 +18,6 @@ from ._head import (
     choose_backend,
     make_head,
     on_device,
-    run_head,
 )
 from ._operators import empty_gradients, scaled
 from ._token_loss import Tokens, check_config, evaluate, metric_names, prepare

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._head import Needs, accumulation_dtype, autocast_inputs, check_head, make_head, run_head
+from ._backends import run_head
+from ._head import Needs, accumulation_dtype, autocast_inputs, check_head, make_head
 from ._operators import empty_gradients
 
 if TYPE_CHECKING:
