@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", default="benchmarks/results", help="folder for the JSON files")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens,hidden size,vocabulary")
-    parser.add_argument("--contenders", default="products,triton,eager,liger")
+    parser.add_argument(
+        "--contenders", default="products,triton,fused,eager,compiled,liger,liger_cross_entropy"
+    )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device found", file=sys.stderr)
@@ -87,7 +89,12 @@ def _elementwise_runs(tokens: int, config: LossConfig, device: str) -> dict[str,
     logprobs = (-torch.rand(tokens, device=device)).requires_grad_()
     old, ref = logprobs.detach() + 0.1, logprobs.detach() - 0.1
     advantages, rewards = torch.randn(tokens, device=device), torch.randn(tokens, 4, device=device)
-    floats = torch.empty(3 * tokens, device=device)  # four inputs read, the gradient written and read
+    loss_bytes = torch.empty(
+        14 * tokens, dtype=torch.uint8, device=device
+    )  # of 28: 16 + 4 forward, 8 backward
+    reward_bytes = torch.empty(
+        10 * tokens, dtype=torch.uint8, device=device
+    )  # of 20: four rewards, an advantage
 
     def loss() -> None:
         value, _ = grpo_loss(logprobs, advantages, config, old_logprobs=old, ref_logprobs=ref)
@@ -95,9 +102,9 @@ def _elementwise_runs(tokens: int, config: LossConfig, device: str) -> dict[str,
 
     return {
         "grpo_loss": loss,
-        "copy for grpo_loss": floats.clone,
+        "copy for grpo_loss": loss_bytes.clone,
         "group_advantages": lambda: group_advantages(rewards, group_size=8, mode="gdpo"),
-        "copy for group_advantages": rewards.clone,
+        "copy for group_advantages": reward_bytes.clone,
     }
 
 

@@ -114,12 +114,12 @@ def _worker(name: str, spec: dict[str, Any], link: Connection) -> None:
     try:
         run = CONTENDERS[name](problem, spec["mode"])
         errors = _errors(run(), problem, spec["mode"])
+        extra = _extra_bytes(run, device)
     except Exception as error:  # a contender that is absent or cannot run this is reported, not hidden
         link.send({"error": f"{type(error).__name__}: {error}".splitlines()[0], "errors": [], "agrees": None})
         return
     agrees = all(error <= LARGEST_ERROR[spec["dtype"]] for error in errors)
     link.send({"error": None, "errors": errors, "agrees": agrees if errors else None})
-    extra = _extra_bytes(run, device)
     keep_freed_memory()  # from here as in training: freed memory stays with the process
     while link.recv() == "go":
         link.send((_seconds(run, device), extra))

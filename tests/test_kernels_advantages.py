@@ -113,7 +113,7 @@ def test_no_sequences():
         ({"scale": "bach"}, "scale must be one of .* did you mean 'batch'"),
         ({"mode": "dvao", "scale": "none"}, "mode 'dvao' divides"),
         ({"weights": [1.0]}, r"weights must have shape \(R,\) = \(2,\), got \(1,\)"),
-        ({"std_floor": -1.0}, "std_floor and eps must not be negative"),
+        ({"std_floor": -1.0}, "std_floor and eps must be finite and not negative"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -245,12 +245,12 @@ def test_own_normalizer_is_that_of_the_call(name):
 
 
 def test_tokens_without_gradient_never_reach_the_product(monkeypatch):
-    import grpo_kernels._torch_head as torch_head
+    import grpo_kernels._backends as backends
 
     seen = []
-    plain = torch_head.torch_head
+    plain = backends.torch_head
     monkeypatch.setattr(
-        torch_head, "torch_head", lambda head, *rest: seen.append(len(head.hidden)) or plain(head, *rest)
+        backends, "torch_head", lambda head, *rest: seen.append(len(head.hidden)) or plain(head, *rest)
     )
     leaves, targets, arguments = _batch(torch.float32)
     leaves[0].data[~arguments["loss_mask"]] = torch.nan  # what is masked may hold anything

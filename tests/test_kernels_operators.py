@@ -182,3 +182,48 @@ def test_no_rows_and_one_row():
         assert int(metrics["tokens"]) == count
         assert d_hidden.shape == (count, H) and d_weight.shape == (V, H)
         assert bool(d_weight.any()) == (count > 0)
+
+
+def test_a_masked_token_may_have_any_target():
+    leaves, targets = tensors(dtype=torch.float32)
+    mask = torch.ones(N, dtype=torch.bool)
+    mask[[0, 7]] = False
+    config = LossConfig.preset("dapo")
+    plain, _ = linear_grpo_loss(leaves[0], leaves[1], targets, ADVANTAGES, config, loss_mask=mask)
+    targets[~mask] = -100
+    loss, metrics = linear_grpo_loss(leaves[0], leaves[1], targets, ADVANTAGES, config, loss_mask=mask)
+    assert torch.equal(loss, plain) and int(metrics["invalid_targets"]) == 0
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, V\) = \[0, 301\), got -100"):
+        linear_grpo_loss(leaves[0], leaves[1], targets, ADVANTAGES, config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"off_policy_threshold": float("nan")}, "off_policy_threshold must be a finite number; got nan"),
+        ({"gamma_pos": (2.0,)}, r"gamma_pos must be two positive numbers; got \(2.0,\)"),
+        ({"clip_low": "0.2"}, "clip_low must be a finite number; got '0.2'"),
+        ({"kl_coef": float("inf")}, "kl_coef must be a finite number; got inf"),
+    ],
+)
+def test_numbers_of_a_loss_that_are_none(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**fields)
+
+
+def test_numbers_of_the_advantages_that_are_none():
+    rewards = torch.randn(8, 2)
+    for given, message in (
+        ({"weights": [float("nan"), 1.0]}, "weights must be finite"),
+        ({"eps": float("nan")}, "std_floor and eps must be finite"),
+        ({"group_sizes": [4.5, 3.5]}, r"group_sizes must be integers of shape \(P,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            group_advantages(rewards, **given)  # type: ignore[arg-type]
+
+
+def test_a_normalizer_that_divides_by_nothing():
+    logprobs = torch.zeros(3)
+    for number in (0.0, -2.0):
+        with pytest.raises(ValueError, match="normalizer must be positive"):
+            grpo_loss(logprobs, torch.ones(3), LossConfig.preset("dapo"), normalizer=torch.tensor(number))

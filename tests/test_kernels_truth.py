@@ -200,16 +200,16 @@ def test_empty_call(config: LossConfig):
 
 def test_without_autograd_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch):
     """Under no_grad leaves still say requires_grad; an evaluation must not pay for a backward."""
-    import grpo_kernels._torch_head as torch_head
+    import grpo_kernels._backends as backends
 
     asked = []
-    plain = torch_head.torch_head
+    plain = backends.torch_head
 
     def watched(head, needs, coefficients):
         asked.append(bool(needs))
         return plain(head, needs, coefficients)
 
-    monkeypatch.setattr(torch_head, "torch_head", watched)
+    monkeypatch.setattr(backends, "torch_head", watched)
     leaves, targets = tensors(N, H, V, dtype=torch.float32)
     frozen_weight = leaves[1].detach()
     with torch.no_grad():

@@ -60,10 +60,13 @@ def run(rank: int, address: str, folder: str) -> None:
             gradients = torch.autograd.grad(found[0].sum() + 0.3 * found[1].sum(), leaves)
             results[name, dtype] = [part.detach() for part in (*found, *gradients)]
     (hidden, weight, _), targets, _ = problem("plain", torch.float32)
-    unknown = linear_logprob(
-        hidden, weight[mine], targets.clone().fill_(V), vocab_group=dist.group.WORLD, vocab_start=start
-    )
-    results["unknown"] = unknown[0]
+    try:
+        linear_logprob(
+            hidden, weight[mine], targets.clone().fill_(V), vocab_group=dist.group.WORLD, vocab_start=start
+        )
+        results["unknown"] = "nothing"
+    except ValueError as error:
+        results["unknown"] = str(error)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -104,8 +107,16 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
     return bool((ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1e-3))
 
 
-def test_a_target_that_no_rank_has_is_nan(found):
-    assert all(bool(rank["unknown"].isnan().all()) for rank in found)
+def test_a_target_that_no_rank_has_is_named(found):
+    for rank in found:
+        assert rank["unknown"].startswith(
+            f"targets must each lie in one rank's rows of the vocabulary, targets[0] = {V}"
+        )
+
+
+def test_a_start_without_a_group_is_refused():
+    with pytest.raises(ValueError, match="vocab_start = 3 needs vocab_group"):
+        linear_logprob(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long), vocab_start=3)
 
 
 def test_the_triton_backends_are_refused_by_name():

@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 # (compute capability's major number, bytes of a stored element) -> launch. Eight elements a thread are one or
 # two 16-byte accesses and keep a program at 40 registers a thread, 64 with every option on: 1024 threads fit
-# an SM, and every row of a part of 512 is resident at once on 132 SMs. Reasoned from the compiled kernels and
+# an SM, and every row of a part (384 of Qwen2.5) is resident at once on 132 SMs. Reasoned from the compiled kernels and
 # the bytes in flight; not measured.
 _LAUNCHES = {
     (8, 2): Launch(1024, 4),  # A100 and older consumer cards: less bandwidth to fill, fewer threads an SM

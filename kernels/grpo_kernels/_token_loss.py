@@ -174,6 +174,8 @@ def check(
     if isinstance(divisor, Tensor):
         if divisor.ndim != 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(divisor.shape)}")
+        if divisor.device.type == "cpu" and count and not float(divisor) > 0:
+            raise ValueError(f"normalizer must be positive, got {float(divisor)}")
         divisor = real(divisor)
     elif divisor is not None and not (divisor > 0 or (divisor == 0 and count == 0)):
         raise ValueError(f"normalizer must be positive, got {divisor}")

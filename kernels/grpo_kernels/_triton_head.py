@@ -30,7 +30,7 @@ from ._row_kernels import (
 
 CHUNK_ROWS = 4096
 STORED_BYTES = 1280 << 20  # E′ of one chunk
-LOGITS_BYTES = 384 << 20  # float32 logits of one part
+LOGITS_BYTES = 224 << 20  # float32 logits of one part
 TILE_ROWS = 128  # parts are whole tiles of the products
 ROW_ALIGNMENT = 64  # elements: rows of every buffer start where products and wide loads want them
 

@@ -36,7 +36,7 @@ def vocab_parallel_logprob(
     """logprobs and entropy (N,) of the whole distribution, the same on every rank; differentiable once.
 
     The gradient of hidden is whole on every rank; those of weight and bias are of this rank's rows. A target that no
-    rank has gives NaN.
+    rank has is a ValueError on the CPU, NaN on a GPU.
     """
     return _VocabParallel.apply(hidden, weight, bias, targets, options, group, start)  # type: ignore[return-value]
 
@@ -59,7 +59,14 @@ class _VocabParallel(torch.autograd.Function):
         own = _own_exponents(head)
         shares = torch.stack([own.where(owned, 0.0), owned.to(own.dtype)])  # (2, N)
         dist.all_reduce(shares, group=group)
-        own = shares[0].where(shares[1] == 1.0, torch.nan)
+        known = shares[1] == 1.0
+        if own.device.type == "cpu" and not bool(known.all()):
+            place = int((~known).nonzero()[0])
+            raise ValueError(
+                f"targets must each lie in one rank's rows of the vocabulary, targets[{place}] = {int(targets[place])} "
+                f"lies in {int(shares[1, place])}; look at vocab_start (here {start}, {len(weight)} rows)"
+            )
+        own = shares[0].where(known, torch.nan)
 
         here = own.new_empty(2, len(own))  # log of the others' sum; their mean exponent
         for rows in _chunks(head):

@@ -4,6 +4,7 @@ S sequences in P groups of at most G, R reward heads.
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -64,8 +65,8 @@ def group_advantages(
         (S,) float32 on the device of rewards. Computed in float64.
 
     Raises:
-        ValueError: an argument's shape or value, infinite rewards, dvao with scale="none"; the message
-        names it.
+        ValueError: an argument's shape or value, infinite rewards (on a GPU, where looking would stop the host,
+        they are not found), dvao with scale="none"; the message names it.
     """
     values = rewards.detach().unsqueeze(1) if rewards.ndim == 1 else rewards.detach()
     if values.ndim != 2:
@@ -80,14 +81,18 @@ def group_advantages(
         raise ValueError(
             "mode 'dvao' divides by the weighted sum of σ; scale must be 'group' or 'batch', got 'none'"
         )
-    if std_floor < 0 or eps < 0:
-        raise ValueError(f"std_floor and eps must not be negative, got {std_floor} and {eps}")
+    if not (0 <= std_floor < math.inf and 0 <= eps < math.inf):
+        raise ValueError(f"std_floor and eps must be finite and not negative, got {std_floor} and {eps}")
     check_backend(backend, ELEMENTWISE_BACKENDS)
     heads = values.shape[1]
     w = None if weights is None else torch.as_tensor(weights)
     if w is not None and w.shape != (heads,):
         raise ValueError(f"weights must have shape (R,) = ({heads},), got {tuple(w.shape)}")
     sizes = None if group_sizes is None else torch.as_tensor(group_sizes)
+    if sizes is not None and (sizes.ndim != 1 or sizes.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"group_sizes must be integers of shape (P,), got {sizes.dtype} {tuple(sizes.shape)}"
+        )
     return _advantages(values, group_size, sizes, w, mode, scale, float(std_floor), float(eps), backend)
 
 
@@ -104,6 +109,8 @@ def _advantages(
     backend: str,
 ) -> Tensor:
     count, heads = values.shape
+    if weights is not None and weights.device.type == "cpu" and not bool(weights.isfinite().all()):
+        raise ValueError(f"weights must be finite, got {weights.tolist()}")
     w = None if weights is None else weights.to(values.device, torch.float64, non_blocking=True)
     if values.device.type == "cpu" and bool(values.isinf().any()):
         row = int(values.isinf().any(1).nonzero()[0])

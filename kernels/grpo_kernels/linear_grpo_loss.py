@@ -145,6 +145,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics (in the order of their names) and the gradients of hidden, weight and bias."""
     config = LossConfig.from_key(config_key)
+    if loss_mask is not None and loss_mask.shape == targets.shape:  # a masked token may hold anything
+        targets = targets.where(loss_mask.to(targets.device, non_blocking=True) != 0, 0)
     head = make_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
     tokens = prepare(
         config,

@@ -59,6 +59,8 @@ def linear_logprob(
     """
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, backend)
+    if vocab_group is None and vocab_start:
+        raise ValueError(f"vocab_start = {vocab_start} needs vocab_group")
     if vocab_group is not None:
         if backend not in ("auto", "torch"):
             raise ValueError(f"backend must be auto or torch with vocab_group, got {backend!r}")

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -72,6 +73,23 @@ class LossConfig:
             value, allowed = getattr(self, field), get_args(literal)
             if value not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {value!r}")
+        for field, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if field not in _CHOICES and not all(
+                number is None or (isinstance(number, int | float) and math.isfinite(number))
+                for number in numbers
+            ):
+                raise ValueError(f"{field} must be a finite number; got {value!r}")
+        for field in ("gamma_pos", "gamma_neg"):
+            pair = getattr(self, field)
+            _require(len(pair) == 2 and min(pair) > 0, field, "two positive numbers", pair)
+        if self.off_policy_threshold is not None:
+            _require(
+                self.off_policy_threshold >= 0,
+                "off_policy_threshold",
+                "not negative",
+                self.off_policy_threshold,
+            )
         for field in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "mismatch_low", "mismatch_high"):
             _require(getattr(self, field) >= 0.0, field, "not negative", getattr(self, field))
         _require(self.clip_low <= 1.0, "clip_low", "at most 1", self.clip_low)
