@@ -188,8 +188,8 @@ def _record(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> dic
         "dtype": args.dtype,
         "device": device_name(args.device),
         "threads": args.threads or torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__} | _versions(),
-        "commit": _commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__} | versions(),
+        "commit": commit(),
         "median_s": median,
         "best_s": best,
         "extra_mib": extra,
@@ -199,7 +199,7 @@ def _record(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> dic
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -221,13 +221,13 @@ def device_name(kind: str) -> str:
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that was measured; "+" after it: with changes that are in none."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "kernels", "benchmarks/*.py")
+    changed = git("status", "--porcelain", "--", "kernels", "grpo_fast", "benchmarks/*.py")
     return (git("rev-parse", "HEAD") or "unknown") + ("+" if changed else "")
 
 
