@@ -91,7 +91,8 @@ def _train(job: tuple[Path, str, str, int, int]) -> Path:
 
 def _run(folder: Path, name: str, flags: list[str], threads: int, lent: Path | None = None) -> None:
     """One run in this process, its display in `<folder>/<name>.log`; `lent` is a run whose models it begins with."""
-    from grpo_fast.config.command_line import parse, to_toml
+    from grpo_fast.config.command_line import parse
+    from grpo_fast.config.toml import to_toml
     from grpo_fast.miniature.world import OBJECTIVES
     from grpo_fast.run.live import Run
     from grpo_fast.run.metrics import RunLogger

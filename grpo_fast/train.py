@@ -10,9 +10,10 @@ import time
 import torch
 import transformers
 
-from grpo_fast.config.command_line import parse, to_toml
+from grpo_fast.config.command_line import parse
 from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
+from grpo_fast.config.toml import to_toml
 from grpo_fast.data.prompts import PromptSampler
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.evaluate import evaluate, means

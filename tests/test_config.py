@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from grpo_fast.config import check as config_check
 from grpo_fast.config import settings as config_module
-from grpo_fast.config.check import FieldError, flatten
-from grpo_fast.config.command_line import parse, to_toml
+from grpo_fast.config.command_line import parse
 from grpo_fast.config.resolve import advantage_choice, loss_config
+from grpo_fast.config.rules import FieldError, flatten
 from grpo_fast.config.settings import (
     LossSettings,
     OptimSettings,
@@ -29,6 +29,7 @@ from grpo_fast.config.settings import (
     RunSettings,
     TrainConfig,
 )
+from grpo_fast.config.toml import to_toml
 from grpo_fast.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from grpo_kernels import LossConfig
 
-from grpo_fast.config.check import FieldError
 from grpo_fast.config.command_line import parse
 from grpo_fast.config.resolve import (
     advantage_choice,
@@ -20,6 +19,7 @@ from grpo_fast.config.resolve import (
     resolve_dtype,
     run_path,
 )
+from grpo_fast.config.rules import FieldError
 from grpo_fast.config.settings import AdvantageSettings, LossSettings, PolicySettings, TrainConfig
 from grpo_fast.errors import UserError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_fast.config.command_line import to_toml
 from grpo_fast.config.settings import RolloutSettings, TrainConfig
+from grpo_fast.config.toml import to_toml
 from grpo_fast.generate import Speaker, main
 from grpo_fast.models.policy import LoraSettings, Policy
 from grpo_fast.models.reward_data import Head

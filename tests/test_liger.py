@@ -6,8 +6,8 @@ import pytest
 from transformers import BertConfig, BertLMHeadModel
 from transformers.models.qwen2 import modeling_qwen2
 
-from grpo_fast.config.check import FieldError
 from grpo_fast.config.resolve import resolve_device
+from grpo_fast.config.rules import FieldError
 from grpo_fast.config.settings import PolicySettings, TrainConfig
 from grpo_fast.errors import UserError
 from grpo_fast.models.liger import apply_liger

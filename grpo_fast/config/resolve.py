@@ -10,7 +10,7 @@ import torch
 from grpo_kernels import LossConfig
 from grpo_kernels.group_advantages import Mode, Scale
 
-from grpo_fast.config.check import FieldError
+from grpo_fast.config.rules import FieldError
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 

@@ -211,8 +211,8 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniatureSettings:
-    """The embedded world: used when policy.model is empty."""
+class MiniatureWorld:
+    """The embedded world: used when no model is given."""
 
     hidden: int = 128
     """Hidden size of the policy and of the reward model."""
@@ -228,12 +228,18 @@ class MiniatureSettings:
     """Peak learning rate of the warm start."""
     labelled: int = 12000
     """Replies with noisy, partly missing labels the reward model is trained on."""
+    batch_size: int = 32
+    """Sequences in one optimizer step of the warm start (with grpo_fast.train of the reward model's training too)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniatureSettings(MiniatureWorld):
+    """The embedded world: used when policy.model is empty."""
+
     reward_epochs: int = 2
     """Passes of the reward model's training over the labelled replies."""
     reward_lr: float = 2e-3
     """Peak learning rate of the reward model's training."""
-    batch_size: int = 32
-    """Sequences in one optimizer step of the warm start and of the reward model's training."""
 
 
 @dataclass(frozen=True, kw_only=True)

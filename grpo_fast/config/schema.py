@@ -1,0 +1,109 @@
+"""The names and types of a command's settings, and the conversion of a value to its field's type.
+
+Files and flags go through the same conversion, so that a mistake reads the same wherever it was made.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from grpo_fast.config.rules import FieldError
+from grpo_fast.errors import did_you_mean
+
+COMMAND_LINE = "command line"
+SPECIAL = ("config", "dry_run", "resume")
+"""Flags that are no settings."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What a configuration class holds."""
+
+    config: type
+    elsewhere: dict[str, str]
+    """Names other trainers use -> ours, for the hint beside an unknown one."""
+
+    @cached_property
+    def kinds(self) -> dict[str, Any]:
+        """Dotted field name -> its type, sections excluded."""
+        return _field_kinds(self.config)
+
+    @cached_property
+    def sections(self) -> set[str]:
+        """Names of the tables."""
+        return {item.name for item in fields(self.config)} - set(self.kinds)
+
+    @cached_property
+    def mappings(self) -> set[str]:
+        """Fields that hold name = value pairs."""
+        return {name for name, kind in self.kinds.items() if get_origin(kind) is dict}
+
+    def hint(self, name: str) -> str:
+        """What an unknown name may have meant."""
+        usual = self.elsewhere.get(name.rpartition(".")[2])
+        return f"; did you mean {usual}?" if usual else did_you_mean(name, [*self.kinds, *SPECIAL])
+
+
+def _field_kinds(section: Any, prefix: str = "") -> dict[str, Any]:
+    kinds: dict[str, Any] = {}
+    for name, kind in get_type_hints(section).items():
+        kinds |= _field_kinds(kind, f"{prefix}{name}.") if is_dataclass(kind) else {prefix + name: kind}
+    return kinds
+
+
+def convert(value: Any, kind: Any, name: str, source: str) -> Any:
+    """`value` as the field's type; raises `FieldError` naming what would be right."""
+    converted = _fit(value, kind)
+    if converted is _MISFIT:
+        got = (
+            " ".join(map(str, value)) or "nothing" if source == COMMAND_LINE and value == [] else repr(value)
+        )
+        raise FieldError(name, f"must be {_described(kind)}, got {got}".replace("\n", " "), source)
+    return converted
+
+
+_MISFIT = object()
+
+
+def _fit(value: Any, kind: Any) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _fit(value, inner[0])
+    if origin is Literal:
+        return value if isinstance(value, str) and value in inner else _MISFIT
+    if origin is tuple:
+        exact = inner[-1] is not Ellipsis
+        if not isinstance(value, list) or (exact and len(value) != len(inner)):
+            return _MISFIT
+        items = tuple(_fit(item, inner[0]) for item in value)
+        return _MISFIT if _MISFIT in items else items
+    if origin is dict:
+        if not isinstance(value, dict) or "" in value:
+            return _MISFIT
+        pairs = {key: _fit(item, inner[1]) for key, item in value.items()}
+        return _MISFIT if _MISFIT in pairs.values() else pairs
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
+        return float(value)
+    if kind is str and isinstance(value, str):
+        try:
+            value.encode()  # an undecodable argument could not be written to config.toml
+        except UnicodeEncodeError:
+            return _MISFIT
+    return value if type(value) is kind else _MISFIT
+
+
+def _described(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _described(inner[0])
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin is tuple:
+        return "a list of texts" if inner[-1] is Ellipsis else f"{len(inner)} numbers"
+    if origin is dict:
+        what = {float: "number", str: "text"}.get(inner[1]) or " or ".join(get_args(inner[1]))
+        return f"name = {what} pairs"
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
