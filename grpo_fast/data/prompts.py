@@ -170,26 +170,19 @@ def _row(columns: dict[str, Any], prompt_column: str, where: str) -> Row:
         raise UserError(
             one_line(f"{where}: no column {name!r} (data.prompt_column), there are {there}{hint}")
         )
-    value = columns[name]
-    if isinstance(value, str):
-        _check_text(value, where, name)
-    elif isinstance(value, list) and value:
-        value = _checked_messages(value, where, name)
-    else:
-        got = json.dumps(value, default=str)
-        raise UserError(one_line(f"{where}: {name} must be a text or a list of chat messages, got {got}"))
+    value = checked_prompt(columns[name], where, name)
     return Row(value, {key: item for key, item in columns.items() if key != name}, where)
 
 
-def _checked_messages(value: list[Any], where: str, name: str) -> Messages:
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f"{where}: {name}[{index}] must be a message with role and content")
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-            raise UserError(f"{where}: role and content of {name}[{index}] must be texts")
-        _check_text(message["content"], where, f"{name}[{index}].content", empty=message["role"] != "user")
-        messages.append({key: item for key, item in message.items() if item is not None})
+def checked_prompt(value: Any, where: str, name: str) -> str | Messages:
+    """`value` as a prompt: a text, or messages without their final answers; UserError at `where` otherwise."""
+    if isinstance(value, str):
+        check_text(value, where, name)
+        return value
+    if not isinstance(value, list) or not value:
+        got = json.dumps(value, default=str)
+        raise UserError(one_line(f"{where}: {name} must be a text or a list of chat messages, got {got}"))
+    messages = checked_messages(value, where, name)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not any(message["role"] == "user" for message in messages):
@@ -197,7 +190,21 @@ def _checked_messages(value: list[Any], where: str, name: str) -> Messages:
     return messages
 
 
-def _check_text(text: str, where: str, name: str, *, empty: bool = False) -> None:
+def checked_messages(value: list[Any], where: str, name: str) -> Messages:
+    """Chat messages, each with a role and a content that is text; only a user's must not be empty."""
+    messages = []
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f"{where}: {name}[{index}] must be a message with role and content")
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            raise UserError(f"{where}: role and content of {name}[{index}] must be texts")
+        check_text(message["content"], where, f"{name}[{index}].content", empty=message["role"] != "user")
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return messages
+
+
+def check_text(text: str, where: str, name: str, *, empty: bool = False) -> None:
+    """UserError for a text that cannot be encoded, and for an empty one unless `empty` allows it."""
     if not text.strip() and not empty:
         raise UserError(f"{where}: {name} is empty")
     try:

@@ -19,16 +19,19 @@ from grpo_fast.errors import UserError
 Records = Iterator[tuple[str, dict[str, Any]]]
 
 
-def read_records(source: str, *, split: str = "train") -> Records:
-    """The records of a .jsonl, .json, .csv or .parquet file, or of a data set: `id`, `id:subset`, folder."""
+def read_records(source: str, *, split: str = "train", what: str = "prompts file") -> Records:
+    """The records of a .jsonl, .json, .csv or .parquet file, or of a data set: `id`, `id:subset`, folder.
+
+    `what` is what messages call the source.
+    """
     path = Path(source)
     if path.is_file():
         if path.suffix.lower() not in _READERS:
-            raise UserError(f"prompts file {source} must end in {', '.join(_READERS)}")
+            raise UserError(f"{what} {source} must end in {', '.join(_READERS)}")
         return _READERS[path.suffix.lower()](path)
     if path.is_dir() or _is_hub_id(source):
         return _hub(source, split)
-    raise UserError(f"prompts file {source} does not exist")
+    raise UserError(f"{what} {source} does not exist")
 
 
 def one_line(message: str) -> str:
@@ -70,7 +73,7 @@ def _json(path: Path) -> Records:
         return
     rows = _parse_json(text, path, 1)
     if not isinstance(rows, list):
-        raise UserError(f"{path} must hold a list of objects, one a prompt (or be named .jsonl)")
+        raise UserError(f"{path} must hold a list of objects, one a row (or be named .jsonl)")
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", _object(row, f"{path}, row {number}")
 
@@ -123,6 +126,11 @@ def _hub(source: str, split: str) -> Records:
     try:
         if (Path(source) / "state.json").is_file():
             table = datasets.load_from_disk(source)
+        elif (Path(source) / "dataset_dict.json").is_file():
+            splits = datasets.DatasetDict.load_from_disk(source)
+            if split not in splits:
+                raise ValueError(f"the splits are {', '.join(map(str, splits))}")
+            table = splits[split]
         else:
             table = datasets.load_dataset(name, subset or None, split=split)
     except Exception as error:  # dozens of types, from the network to the data set's own files
