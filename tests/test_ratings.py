@@ -716,30 +716,29 @@ values = st.recursive(
     ),
     max_leaves=8,
 )  # fmt: skip
-messages = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "system"]), "content": st.sampled_from(["a", "b", ""])}
-    ),
-    max_size=3,
+texts = st.sampled_from(["p", "q", "r", "s", "t", "", "p\n"])
+chats = st.builds(
+    lambda asked, said: [{"role": "user", "content": asked}, answer(said)], st.sampled_from(["p", "q"]), texts
 )
-ratings_of_one = st.fixed_dictionaries(
+completion = st.fixed_dictionaries(
     {
-        "response": st.sampled_from(["a", "b", None]),
+        "response": texts,
         "annotations": st.dictionaries(
-            st.sampled_from(["x", "y"]), st.fixed_dictionaries({"Rating": values})
+            st.sampled_from(["x", "y"]),
+            st.fixed_dictionaries({"Rating": st.sampled_from([1, 3.5, "2", "5", "N/A", None])}),
         ),
     }
 )
-texts = st.sampled_from(["p", "q", "r"])
-likely = {
-    "prompt": texts | messages,
-    "messages": messages,
+LIKELY = {
+    "prompt": st.sampled_from(["p", "q", "r", "s"]) | st.just([SAID]),
+    "messages": chats,
     "response": texts,
-    "instruction": texts,
-    "completions": st.lists(ratings_of_one, max_size=3),
-    "category": st.dictionaries(st.sampled_from(["a", "b,c", "is_safe"]), st.booleans()),
-    "chosen": texts | messages,
-    "rejected": texts | messages,
+    "reply": texts,
+    "instruction": st.sampled_from(["p", "q", "r"]),
+    "completions": st.lists(completion, max_size=3),
+    "category": st.fixed_dictionaries({"a": st.booleans(), "b,c": st.booleans()}),
+    "chosen": texts,
+    "rejected": texts,
     "response_0": texts,
     "response_1": texts,
 }
@@ -747,15 +746,17 @@ likely = {
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[str, list[dict[str, Any]]]:
-    """(format, rows) of the columns that the format reads, mostly with what belongs there."""
+    """(format, rows) of the columns that the format reads: right ones, or some with anything put in."""
     name = draw(st.sampled_from(sorted(SCHEMAS)))
     schema = SCHEMAS[name]
     columns = [*(schema.needed or ("prompt", "response", "score", "x")), *schema.optional]
     if draw(st.booleans()):
         columns.append(draw(st.sampled_from(["messages", "score", "\ud800", "a\nb", "reply"])))
-    usual = {column: likely.get(column, st.integers(0, 1)) for column in columns}
-    rows = draw(st.lists(st.fixed_dictionaries(usual), min_size=1, max_size=5))
-    for _ in range(draw(st.integers(0, 2))):
+    usual = {column: LIKELY.get(column, st.integers(0, 1)) for column in columns}
+    if name == "preference" and draw(st.booleans()):
+        usual |= {"chosen": chats, "rejected": chats}
+    rows = draw(st.lists(st.fixed_dictionaries(usual), min_size=1, max_size=8))
+    for _ in range(draw(st.sampled_from([0, 0, 1, 3]))):
         draw(st.sampled_from(rows))[draw(st.sampled_from(columns))] = draw(values)
     return draw(st.sampled_from([name, "auto"])), rows
 
