@@ -26,6 +26,7 @@ from benchmarks.contenders import CONTENDERS, Problem, Run, truth
 from grpo_fast.run.allocator import keep_freed_memory
 
 PRODUCTS = {"trained": 3, "frozen": 2, "forward": 1}
+_LOST: dict[str, Any] = {"error": "its process ended", "errors": [], "agrees": None}
 LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 
 
@@ -36,16 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, dict[str, Any]] = {}
     workers = {name: _start(name, spec) for name in args.contenders}
     for name, (_, link) in workers.items():
-        results[name] = {"samples_s": [], "extra_bytes": []} | link.recv()
+        results[name] = {"samples_s": [], "extra_bytes": []} | _answer(link)
     alive = [name for name in workers if results[name]["error"] is None]
     for repeat in range(args.warmup + args.repeats):
-        for name in alive:
-            link = workers[name][1]
-            link.send("go")
-            seconds, extra = link.recv()
-            if repeat >= args.warmup:
-                results[name]["samples_s"].append(seconds)
-                results[name]["extra_bytes"].append(extra)
+        for name in list(alive):
+            sample = _ask(workers[name][1])
+            if sample["error"] is not None:  # the others go on
+                alive.remove(name)
+                results[name] |= {"samples_s": [], "extra_bytes": [], "error": sample["error"]}
+            elif repeat >= args.warmup:
+                results[name]["samples_s"].append(sample["seconds"])
+                results[name]["extra_bytes"].append(sample["extra"])
     for name, (process, link) in workers.items():
         if name in alive:
             link.send("stop")
@@ -94,7 +96,25 @@ def _start(name: str, spec: dict[str, Any]) -> tuple[Any, Connection]:
     here, there = context.Pipe()
     process = context.Process(target=_worker, args=(name, spec, there), daemon=True)
     process.start()
+    there.close()  # the process has its own; with this one open its end would not be noticed
     return process, here
+
+
+def _ask(link: Connection) -> dict[str, Any]:
+    """One timed call."""
+    try:
+        link.send("go")
+    except OSError:
+        return _LOST
+    return _answer(link)
+
+
+def _answer(link: Connection) -> dict[str, Any]:
+    """What a contender has to say; a process that the system ended says nothing."""
+    try:
+        return link.recv()
+    except (EOFError, OSError):
+        return _LOST
 
 
 def _worker(name: str, spec: dict[str, Any], link: Connection) -> None:
@@ -116,13 +136,23 @@ def _worker(name: str, spec: dict[str, Any], link: Connection) -> None:
         errors = _errors(run(), problem, spec["mode"])
         extra = _extra_bytes(run, device)
     except Exception as error:  # a contender that is absent or cannot run this is reported, not hidden
-        link.send({"error": f"{type(error).__name__}: {error}".splitlines()[0], "errors": [], "agrees": None})
+        link.send({"error": _reason(error), "errors": [], "agrees": None})
         return
     agrees = all(error <= LARGEST_ERROR[spec["dtype"]] for error in errors)
     link.send({"error": None, "errors": errors, "agrees": agrees if errors else None})
     keep_freed_memory()  # from here as in training: freed memory stays with the process
     while link.recv() == "go":
-        link.send((_seconds(run, device), extra))
+        try:
+            link.send({"error": None, "seconds": _seconds(run, device), "extra": extra})
+        except Exception as error:  # its memory goes back with the process
+            link.send({"error": _reason(error)})
+            return
+
+
+def _reason(error: Exception) -> str:
+    """One line. PyTorch has an exception for a full GPU, and an ordinary one for a full host."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return "out of memory" if full else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _errors(found: tuple[torch.Tensor, ...], problem: Problem, mode: str) -> list[float]:

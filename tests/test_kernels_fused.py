@@ -13,6 +13,16 @@ import torch
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob, reference
 from grpo_kernels._backends import run_head
 from grpo_kernels._head import Head, HeadOutput, Needs
+from kernel_cases import (
+    DTYPES,
+    OPTIONS,
+    TOLERANCE,
+    assert_no_tokens_give_no_gradient,
+    assert_strided_is_the_same,
+    compare,
+    hard_rows,
+    problem,
+)
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -22,7 +32,6 @@ if torch.cuda.is_available():
 from grpo_kernels import _fused_head, _triton_head
 from grpo_kernels._fused_kernels import Tile
 from grpo_kernels._row_kernels import Launch
-from test_kernels_triton import DTYPES, OPTIONS, TOLERANCE, compare, hard_rows, problem
 
 
 @pytest.fixture(autouse=True)
@@ -119,17 +128,7 @@ def test_nearly_certain_target_keeps_relative_precision():
 
 
 def test_strided_inputs_and_int32_targets():
-    hidden, weight, targets = problem(9, 140, torch.float32)
-    wide = torch.randn(18, 24)
-    wide[::2, ::2] = hidden
-    strided_targets = torch.zeros(18, dtype=torch.int32)
-    strided_targets[::2] = targets.int()
-    expected = linear_logprob(hidden, weight, targets, backend="fused")
-    strided = linear_logprob(
-        wide[::2, ::2], weight.t().contiguous().t(), strided_targets[::2], backend="fused"
-    )
-    for one, other in zip(expected, strided, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert_strided_is_the_same("fused")
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
@@ -205,10 +204,7 @@ def test_target_out_of_range_touches_nothing_else():
 
 
 def test_no_tokens():
-    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    logprobs, _ = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.long), backend="fused")
-    logprobs.sum().backward()
-    assert weight.grad is not None and not weight.grad.any()
+    assert_no_tokens_give_no_gradient("fused")
 
 
 def test_refusals(monkeypatch):

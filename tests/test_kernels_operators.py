@@ -46,6 +46,27 @@ def test_compiled_in_one_graph(program, frozen):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_numbers_that_change_from_call_to_call_stay_in_one_graph():
+    leaves, targets = tensors(dtype=torch.float32)
+    config = LossConfig.preset("dapo")
+
+    def program(number):
+        return linear_grpo_loss(
+            leaves[0],
+            leaves[1],
+            targets,
+            ADVANTAGES,
+            config,
+            temperature=number,
+            logit_scale=number,
+            normalizer=number,
+        )[0]
+
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    for number in (1.0, 0.7, 1.3):
+        torch.testing.assert_close(compiled(number), program(number))
+
+
 @pytest.mark.parametrize("coef", [0.0, 0.1])
 def test_losses_and_advantages_compiled_in_one_graph(coef):
     config = LossConfig.preset("dapo", entropy_coef=coef)
@@ -201,7 +222,7 @@ def test_a_masked_token_may_have_any_target():
     ("fields", "message"),
     [
         ({"off_policy_threshold": float("nan")}, "off_policy_threshold must be a finite number; got nan"),
-        ({"gamma_pos": (2.0,)}, r"gamma_pos must be two positive numbers; got \(2.0,\)"),
+        ({"gamma_pos": (2.0,)}, r"gamma_pos must be a tuple of two positive numbers; got \(2.0,\)"),
         ({"clip_low": "0.2"}, "clip_low must be a finite number; got '0.2'"),
         ({"kl_coef": float("inf")}, "kl_coef must be a finite number; got inf"),
     ],

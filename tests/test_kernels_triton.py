@@ -12,6 +12,16 @@ from typing import Any
 import pytest
 import torch
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob, reference
+from kernel_cases import (
+    DTYPES,
+    OPTIONS,
+    TOLERANCE,
+    assert_no_tokens_give_no_gradient,
+    assert_strided_is_the_same,
+    compare,
+    hard_rows,
+    problem,
+)
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -20,16 +30,6 @@ if torch.cuda.is_available():
 
 from grpo_kernels import _triton_head
 from grpo_kernels._row_kernels import Launch
-
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}  # of the largest value
-DTYPES = list(TOLERANCE)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 2.0},
-    "everything": {"temperature": 1.3, "bias": True, "softcap": 3.0, "logit_scale": 0.6},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -42,60 +42,6 @@ def small_pieces(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def problem(
-    count: int, vocabulary: int, dtype: torch.dtype, width: int = 12
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(count * 1000 + vocabulary)
-    hidden = torch.randn(count, width, generator=generator).to(dtype)
-    weight = torch.randn(vocabulary, width, generator=generator).to(dtype)
-    targets = torch.randint(0, vocabulary, (count,), generator=generator)
-    targets[:1], targets[1:2], targets[2:3] = 0, vocabulary - 1, min(vocabulary - 1, 128)
-    return hidden, weight, targets
-
-
-def outputs(
-    function: Callable[..., Any],
-    inputs: list[Tensor],
-    targets: Tensor,
-    options: dict[str, Any],
-    by: list[Tensor],
-) -> list[Tensor]:
-    """Log-probs, entropies and the gradients by hidden, weight (and bias) of their sum weighted with `by`."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    options = options | ({"bias": leaves[2]} if len(leaves) > 2 else {})
-    found = function(leaves[0], leaves[1], targets, **options)
-    total = torch.stack([(value * factor).sum() for value, factor in zip(found, by, strict=False)]).sum()
-    return [value.detach() for value in (*found, *torch.autograd.grad(total, leaves))]
-
-
-def compare(
-    inputs: list[Tensor],
-    targets: Tensor,
-    options: dict[str, Any],
-    *,
-    entropy_gradient: bool,
-    tolerance: float,
-    backend: str = "triton",
-) -> None:
-    count = len(targets)
-    by = [torch.linspace(-1.0, 2.0, count)]
-    if entropy_gradient:
-        by.append(torch.linspace(1.5, -0.5, count))
-    ours = outputs(linear_logprob, inputs, targets, options | {"backend": backend}, by)
-    truth = outputs(reference.linear_logprob, [tensor.double() for tensor in inputs], targets, options, by)
-    names = ["logprobs", "entropy", "d_hidden", "d_weight", "d_bias"]
-    for name, value, true in zip(names, ours, truth, strict=False):
-        scale = true.abs().max().item()
-        limit = min(tolerance, 1e-5) if name in names[:2] else tolerance
-        torch.testing.assert_close(
-            value.double(),
-            true,
-            rtol=0,
-            atol=limit * (scale + 1e-3),
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,22 +66,6 @@ def test_options(options, entropy_gradient, dtype):
     if "softcap" in options and len(inputs) > 2:  # the reference's tanh has no derivative at -inf
         inputs[2].clamp_(min=-100.0)
     compare(inputs, targets, options, entropy_gradient=entropy_gradient, tolerance=TOLERANCE[dtype])
-
-
-def hard_rows() -> tuple[Tensor, Tensor]:
-    """Logits (8, 150) and targets: what a maximum from 0, an unmasked tail or a late clamp gets wrong."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(8, 150, generator=generator)
-    logits[0] = 1e4 * torch.where(torch.arange(150) % 2 == 0, 1.0, -1.0)  # target at -1e4
-    logits[1] = 3.0  # all equal
-    logits[2] = -1e4
-    logits[3] = -1e4
-    logits[3, 149] = -50.0  # peaked, far below zero, in the tail
-    logits[4] -= 200.0
-    logits[5, 0] = 90.0  # the target is hopeless, the first column certain
-    logits[6, 7] = 1e4  # the target is certain
-    logits[7, 7] = 38.0  # large, below the redo
-    return logits, torch.tensor([1, 149, 0, 149, 30, 60, 7, 8])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,17 +97,7 @@ def test_nearly_certain_target_keeps_relative_precision():
 
 
 def test_strided_inputs_and_int32_targets():
-    hidden, weight, targets = problem(9, 140, torch.float32)
-    wide = torch.randn(18, 24)
-    wide[::2, ::2] = hidden
-    strided_targets = torch.zeros(18, dtype=torch.int32)
-    strided_targets[::2] = targets.int()
-    expected = linear_logprob(hidden, weight, targets, backend="triton")
-    strided = linear_logprob(
-        wide[::2, ::2], weight.t().contiguous().t(), strided_targets[::2], backend="triton"
-    )
-    for one, other in zip(expected, strided, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert_strided_is_the_same("triton")
 
 
 LOSSES = {
@@ -222,10 +142,7 @@ def test_grpo_loss_and_gradients(name, frozen):
 
 
 def test_no_tokens():
-    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    logprobs, _ = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.long), backend="triton")
-    logprobs.sum().backward()
-    assert weight.grad is not None and not weight.grad.any()
+    assert_no_tokens_give_no_gradient("triton")
 
 
 def test_needs_a_gpu_or_the_interpreter(monkeypatch):

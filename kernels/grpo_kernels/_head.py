@@ -5,7 +5,6 @@ N tokens, H hidden size, V vocabulary.
 
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from ._arguments import check_name, check_number, check_tensors, may_read
 
 Backend = Literal["auto", "torch", "triton", "fused"]
 BACKENDS = ("auto", "torch", "triton", "fused")
@@ -117,18 +118,7 @@ class Steps(Protocol[Chunk]):
         ...
 
 
-def autocast_inputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast: the operands in its dtype, as for a linear layer. Results stay float32."""
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def check_head(
+def head_arguments(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -137,6 +127,35 @@ def check_head(
     softcap: float | None,
     logit_scale: float,
     backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, float | None, float]]:
+    """hidden, weight, bias and the three numbers as the operators take them, checked.
+
+    Under autocast the operands come in its dtype, as for a linear layer; results stay float32.
+    """
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = _cast(hidden, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+    _check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale)
+    check_backend(backend)
+    options = (float(temperature), None if softcap is None else float(softcap), float(logit_scale))
+    return hidden, weight, bias, options
+
+
+def _cast(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast would: what is no real number is left as it is, to be refused."""
+    return operand.to(dtype) if operand.is_floating_point() else operand
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
 ) -> None:
     """Shapes, dtypes, devices and ranges: all that needs no tensor's values. Raises ValueError, TypeError."""
     if hidden.ndim != 2:
@@ -154,16 +173,19 @@ def check_head(
         raise TypeError(f"targets must be int32 or int64, got {targets.dtype}")
     if bias is not None and bias.shape != (vocabulary,):
         raise ValueError(f"bias must have shape (V,) = ({vocabulary},), got {tuple(bias.shape)}")
-    for name, value in (("weight", weight), ("targets", targets), ("bias", bias)):
-        if value is not None and value.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if bias is not None and bias.dtype not in _DTYPES:
+        raise TypeError(f"bias must be float64, float32, bfloat16 or float16, got {bias.dtype}")
+    check_tensors("hidden", hidden.device, weight=weight, targets=targets, bias=bias)
+    check_number("temperature", temperature)
+    check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        check_number("softcap", softcap)
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite or None, got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-    check_backend(backend)
 
 
 def make_head(
@@ -180,7 +202,7 @@ def make_head(
     Elsewhere looking for them would stop the host: their log-probs are NaN.
     """
     vocabulary = weight.shape[0]
-    if targets.numel() and (targets.device.type == "cpu" or os.environ.get("GRPO_KERNELS_DEBUG") == "1"):
+    if targets.numel() and may_read(targets):
         low, high = int(targets.min()), int(targets.max())
         if not 0 <= low <= high < vocabulary:
             worst = low if low < 0 else high
@@ -189,9 +211,8 @@ def make_head(
 
 
 def check_backend(backend: str, known: Sequence[str] = BACKENDS) -> None:
-    """ValueError for a name that is none of the known."""
-    if backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(known)}; got {backend!r}")
+    """ValueError for a name that is none of the known, with the nearest."""
+    check_name("backend", backend, known)
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -4,16 +4,31 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ._arguments import check_number
+
 
 def empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised gradients of the leaves; without elements where one is not needed."""
     d_hidden, d_weight, d_bias = (
-        leaf.new_empty(leaf.shape if need and leaf is not None else 0)
+        leaf.new_empty(leaf.shape if need else 0)
         for leaf, need in zip((hidden, weight, hidden if bias is None else bias), needs, strict=True)
     )
     return d_hidden, d_weight, d_bias
+
+
+def split_normalizer(normalizer: float | Tensor | None) -> tuple[Tensor | None, float | None]:
+    """The normalizer as a schema takes it: a tensor or a number, the other None. TypeError where it is neither."""
+    if normalizer is None or isinstance(normalizer, Tensor):
+        return normalizer, None
+    check_number("normalizer", normalizer)
+    return None, float(normalizer)
+
+
+def by_name(names: Sequence[str], measured: Tensor) -> dict[str, Tensor]:
+    """Metrics by their names, from the one tensor (names,) in which an operator gives them."""
+    return dict(zip(names, measured.detach().unbind(), strict=True))
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

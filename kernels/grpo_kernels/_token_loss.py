@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._loss_arguments import Arguments, check, require_entropy
 from .loss_config import LossConfig
 
 RATIO_LIMIT = 20.0  # |log ratio| beyond this is clamped and has no gradient
@@ -79,119 +80,6 @@ class TokenLoss:
     metrics: dict[str, Tensor]
 
 
-def check_config(config: LossConfig) -> None:
-    """TypeError for anything but a LossConfig."""
-    if not isinstance(config, LossConfig):
-        raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What a loss is given beside log-probs and entropy: checked, on their device, without gradient."""
-
-    advantages: Tensor  # (N,) or (S,)
-    by_sequence: bool  # which of the two
-    old: Tensor | None  # (N,), as are the next two
-    ref: Tensor | None
-    rollout: Tensor | None
-    loss_mask: Tensor | None  # (N,) bool or integer
-    cu_seqlens: Tensor | None  # (S+1,) int32 or int64
-    divisor: float | Tensor | None  # a tensor is 0-d; None: the number of loss tokens
-
-
-def check(
-    config: LossConfig,
-    count: int,
-    advantages: Tensor,  # (N,) or (S,)
-    *,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    loss_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    normalizer: float | Tensor | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Arguments:
-    """Checks the arguments that all losses share and moves them to the device, float ones in this dtype."""
-    check_config(config)
-    if config.kl_coef != 0.0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef = {config.kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
-    if config.mismatch != "none" and rollout_logprobs is None:
-        raise ValueError(f"mismatch = {config.mismatch!r} needs rollout_logprobs")
-    if config.needs_sequences and cu_seqlens is None:
-        raise ValueError(
-            f"cu_seqlens is needed by aggregation={config.aggregation!r}, "
-            f"ratio_level={config.ratio_level!r}, surrogate={config.surrogate!r}, "
-            f"mismatch={config.mismatch!r}"
-        )
-    if config.aggregation == "constant" and normalizer is None:
-        raise ValueError("aggregation='constant' needs a normalizer, such as the number of sequences")
-
-    def real(value: Tensor) -> Tensor:
-        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
-
-    def per_token(name: str, value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
-        if value.shape != (count,):
-            raise ValueError(f"{name} must have shape (N,) = ({count},), got {tuple(value.shape)}")
-        return real(value)
-
-    sequences = None
-    if cu_seqlens is not None:
-        if (
-            cu_seqlens.ndim != 1
-            or cu_seqlens.numel() < 1
-            or cu_seqlens.dtype not in (torch.int32, torch.int64)
-        ):
-            raise ValueError(
-                "cu_seqlens must be int32 or int64 of shape (S+1,), "
-                f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-            )
-        if cu_seqlens.device.type == "cpu":
-            steps = cu_seqlens.diff()
-            if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != count or bool((steps < 0).any()):
-                raise ValueError(f"cu_seqlens must rise from 0 to N = {count}, got {_short(cu_seqlens)}")
-        sequences = cu_seqlens.numel() - 1
-        cu_seqlens = cu_seqlens.to(device=device, non_blocking=True)
-
-    if loss_mask is not None:
-        if loss_mask.dtype.is_floating_point or loss_mask.shape != (count,):
-            raise ValueError(
-                f"loss_mask must be bool or integer of shape (N,) = ({count},), "
-                f"got {loss_mask.dtype} {tuple(loss_mask.shape)}"
-            )
-        loss_mask = loss_mask.to(device=device, non_blocking=True)
-
-    if advantages.shape not in ((count,), (sequences,)):
-        wanted = f"(N,) = ({count},)" + ("" if sequences is None else f" or (S,) = ({sequences},)")
-        raise ValueError(f"advantages must have shape {wanted}, got {tuple(advantages.shape)}")
-
-    divisor = normalizer
-    if divisor is None and config.aggregation == "sequence_mean":
-        divisor = sequences
-    if isinstance(divisor, Tensor):
-        if divisor.ndim != 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(divisor.shape)}")
-        if divisor.device.type == "cpu" and count and not float(divisor) > 0:
-            raise ValueError(f"normalizer must be positive, got {float(divisor)}")
-        divisor = real(divisor)
-    elif divisor is not None and not (divisor > 0 or (divisor == 0 and count == 0)):
-        raise ValueError(f"normalizer must be positive, got {divisor}")
-
-    return Arguments(
-        advantages=real(advantages),
-        by_sequence=advantages.shape != (count,),
-        old=per_token("old_logprobs", old_logprobs),
-        ref=per_token("ref_logprobs", ref_logprobs),
-        rollout=per_token("rollout_logprobs", rollout_logprobs),
-        loss_mask=loss_mask,
-        cu_seqlens=cu_seqlens,
-        divisor=divisor,
-    )
-
-
 def prepare(config: LossConfig, count: int, advantages: Tensor, **given: Any) -> Tokens:
     """Arguments as ``check`` takes them, in per-token form."""
     return per_token_form(config, count, check(config, count, advantages, **given))
@@ -235,14 +123,6 @@ def per_token_form(config: LossConfig, count: int, arguments: Arguments) -> Toke
         sequence=sequence,
         cu_seqlens=bounds,
     )
-
-
-def require_entropy(config: LossConfig, entropy: Tensor | None) -> None:
-    """Raises ValueError where the loss needs the entropy and has none."""
-    if entropy is None and config.entropy_quantile is not None:
-        raise ValueError("entropy_quantile needs the entropy of every token")
-    if entropy is None and config.entropy_coef != 0.0:
-        raise ValueError(f"entropy_coef = {config.entropy_coef} needs the entropy of every token")
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -462,8 +342,3 @@ def _ratio_metrics(
         metrics["mismatch_mean"] = _mean(gap, active)
         metrics["mismatch_max"] = gap.amax() if gap.numel() else gap.new_zeros(())
     return metrics
-
-
-def _short(values: Tensor) -> str:
-    listed = values.tolist()
-    return str(listed if len(listed) <= 8 else [*listed[:4], "...", *listed[-3:]])

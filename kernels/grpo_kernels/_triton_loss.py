@@ -10,8 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ._loss_arguments import Arguments, require_entropy
 from ._loss_kernels import combine_partials, require_gpu, token_losses
-from ._token_loss import Arguments, TokenLoss, Tokens, require_entropy, top_entropy
+from ._token_loss import TokenLoss, Tokens, top_entropy
 from .loss_config import LossConfig
 
 ELEMENTS = 2  # a thread's share of a block: at most some 90 registers, with every row of the table at work

@@ -3,7 +3,6 @@
 S sequences in P groups of at most G, R reward heads.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -11,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._arguments import check_name, check_real
 from ._head import ELEMENTWISE_BACKENDS, check_backend, choose_backend, on_device
 
 Mode = Literal["scalarized", "per_head", "gdpo", "dvao", "leave_one_out"]
@@ -65,18 +65,18 @@ def group_advantages(
         (S,) float32 on the device of rewards. Computed in float64.
 
     Raises:
-        ValueError: an argument's shape or value, infinite rewards (on a GPU, where looking would stop the host,
-        they are not found), dvao with scale="none"; the message names it.
+        ValueError, TypeError: an argument's shape, dtype or value, infinite rewards (on a GPU, where looking would
+        stop the host, they are not found), dvao with scale="none"; the message names it.
     """
     values = rewards.detach().unsqueeze(1) if rewards.ndim == 1 else rewards.detach()
     if values.ndim != 2:
         raise ValueError(f"rewards must have shape (S, R) or (S,), got {tuple(rewards.shape)}")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}{_hint(mode, MODES)}")
+    if values.is_complex():
+        raise TypeError(f"rewards must be real numbers, got {values.dtype}")
+    check_name("mode", mode, MODES)
     if scale is None:
         scale = "none" if mode == "leave_one_out" else "group"
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}; got {scale!r}{_hint(scale, SCALES)}")
+    check_name("scale", scale, SCALES)
     if mode == "dvao" and scale == "none":
         raise ValueError(
             "mode 'dvao' divides by the weighted sum of σ; scale must be 'group' or 'batch', got 'none'"
@@ -88,6 +88,8 @@ def group_advantages(
     w = None if weights is None else torch.as_tensor(weights)
     if w is not None and w.shape != (heads,):
         raise ValueError(f"weights must have shape (R,) = ({heads},), got {tuple(w.shape)}")
+    if w is not None:
+        check_real("weights", w, integers=True)
     sizes = None if group_sizes is None else torch.as_tensor(group_sizes)
     if sizes is not None and (sizes.ndim != 1 or sizes.dtype not in (torch.int32, torch.int64)):
         raise ValueError(
@@ -228,8 +230,3 @@ def _scaled(
     elif scale == "batch":
         centred = centred / (_std(raw, (0, 1)) + eps)
     return torch.where(flat & _present(centred), 0.0, centred)
-
-
-def _hint(name: object, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._arguments import check_real, check_tensors
 from ._head import ELEMENTWISE_BACKENDS, check_backend, choose_backend, on_device
-from ._token_loss import check, check_config, evaluate, metric_names, per_token_form
+from ._loss_arguments import check, check_config
+from ._operators import by_name, split_normalizer
+from ._token_loss import evaluate, metric_names, per_token_form
 from .loss_config import LossConfig
 
 
@@ -29,11 +32,14 @@ def grpo_loss(
 
     ``loss = Σ_t weight_t · token_loss_t / normalizer``: with the normalizer of the whole optimizer step, the
     losses and gradients of its micro-batches add up to those of the step, however it was split (all but
-    ``entropy_quantile``, which ranks the tokens of the call).
+    ``entropy_quantile``, which ranks the tokens of the call). The token losses are those of GRPO (arXiv 2402.03300),
+    DAPO (2503.14476) and the others that ``LossConfig`` names; the gradient is written out, not traced.
 
     Args:
         logprobs: (N,) float32 or float64; carries the gradient.
-        advantages: (N,) per token, or (S,) per sequence with cu_seqlens.
+        advantages: (N,) per token, or (S,) per sequence with cu_seqlens, floating point or integer. Where S = N and
+            sequences are empty, which of the two is meant cannot be told, and is refused on the CPU; on a GPU, which
+            is not asked, it is taken per token, unless the environment says ``GRPO_KERNELS_DEBUG=1``.
         config: what the loss is made of; ``LossConfig.preset("dapo")`` and others.
         old_logprobs: log-probs of the policy that is the ratio's denominator; None: the current ones,
             detached.
@@ -42,31 +48,45 @@ def grpo_loss(
         loss_mask: bool or integer, nonzero where a token counts; None: all do.
         entropy: per-token entropy; carries the gradient of the bonus, needed by entropy_coef and
             entropy_quantile.
-        cu_seqlens: int32 or int64 boundaries of the sequences in N, from 0 to N.
+        cu_seqlens: int32 or int64 boundaries of the sequences in N, from 0 to N. Checked on the CPU, and elsewhere
+            with ``GRPO_KERNELS_DEBUG=1``.
         normalizer: sequence_mean: number of sequences; token_mean: number of loss tokens; constant: the
-            constant, which must be given. None: of this call.
+            constant, which must be given. None: of this call. A number, or a 0-d tensor on any device.
         backend: "torch" (some 60 small operations), "triton" (float32: one kernel and the sum of its parts), or
             "auto": triton on CUDA where it is installed.
 
     Returns:
-        The loss, 0-d, and metrics, 0-d tensors on the device without gradient: "tokens" (how many may carry
-        loss) and, over those, the means kl, entropy, ratio_mean, clip_low_frac, clip_high_frac,
-        clamped_frac (log ratio beyond ±20), dropped_frac (lost the surrogate by mismatch or token choice),
-        mismatch_mean (|old - rollout|), mismatch_weight, and the maxima ratio_max and mismatch_max; those
-        that apply.
+        The loss, 0-d, and metrics, 0-d tensors on the device without gradient, in the dtype of logprobs: "tokens"
+        (how many may carry loss; in float32 exact up to 2^24) and, over those, the means kl, entropy, ratio_mean,
+        clip_low_frac, clip_high_frac, clamped_frac (log ratio beyond ±20), dropped_frac (lost the surrogate by
+        mismatch or token choice), mismatch_mean (|old - rollout|), mismatch_weight, and the maxima ratio_max and
+        mismatch_max; those that apply.
 
     Raises:
-        ValueError, TypeError: a missing or ill-shaped argument; the message names it.
+        ValueError, TypeError: an argument that is missing, or of a wrong shape, dtype, range or device (all tensors
+        are on that of logprobs); the message names it.
     """
     if logprobs.ndim != 1 or logprobs.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"logprobs must be float32 or float64 of shape (N,), got {logprobs.dtype} {logprobs.shape}"
         )
+    check_tensors(
+        "logprobs",
+        logprobs.device,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        loss_mask=loss_mask,
+        entropy=entropy,
+        cu_seqlens=cu_seqlens,
+    )
     if entropy is not None and entropy.shape != logprobs.shape:
         raise ValueError(f"entropy must have shape (N,) = ({logprobs.shape[0]},), got {tuple(entropy.shape)}")
+    if entropy is not None:
+        check_real("entropy", entropy)
     check_config(config)
     check_backend(backend, ELEMENTWISE_BACKENDS)
-    number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
     loss, measured, *_ = _forward(
         logprobs,
         entropy,
@@ -76,13 +96,12 @@ def grpo_loss(
         rollout_logprobs,
         loss_mask,
         cu_seqlens,
-        tensor,
-        None if number is None else float(number),
+        *split_normalizer(normalizer),
         config.key,
         backend,
     )
     names = _metric_names(config, entropy, ref_logprobs, rollout_logprobs)
-    return loss, dict(zip(names, measured.detach().unbind(), strict=True))
+    return loss, by_name(names, measured)
 
 
 def _metric_names(

@@ -7,20 +7,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._arguments import check_tensors
 from ._backends import run_head
 from ._head import (
     Head,
     HeadOutput,
     Needs,
     accumulation_dtype,
-    autocast_inputs,
-    check_head,
     choose_backend,
+    head_arguments,
     make_head,
     on_device,
 )
-from ._operators import empty_gradients, scaled
-from ._token_loss import Tokens, check_config, evaluate, metric_names, prepare
+from ._loss_arguments import check_config
+from ._operators import by_name, empty_gradients, scaled, split_normalizer
+from ._token_loss import Tokens, evaluate, metric_names, prepare
 from .loss_config import LossConfig
 
 
@@ -53,7 +54,13 @@ def linear_grpo_loss(
     on the CPU always; on a GPU where loss_mask or advantages are handed over as CPU tensors, since finding
     them on the device would stop the host. Their log-probs then count in no metric, on any path.
 
-    Args: see ``grpo_loss`` for the loss's and ``linear_logprob`` for the head's.
+    The losses are those of ``LossConfig``: GRPO (arXiv 2402.03300), which clips as PPO does (1707.06347), DAPO
+    (2503.14476), Dr. GRPO (2503.20783), GSPO (2507.18071), CISPO (2506.13585), SAPO (2511.20347), RLOO (2402.14740),
+    REINFORCE++ (2501.03262) and others; a lower bound for negative advantages is from dual-clip PPO (1912.09729), the
+    choice of tokens by entropy from 2506.01939. Logits are never stored, after Cut Cross-Entropy (2411.09009).
+
+    Args: see ``grpo_loss`` for the loss's and ``linear_logprob`` for the head's. All tensors are on the device of
+    hidden; advantages, loss_mask and cu_seqlens may be on the CPU, and are then copied across.
 
     Returns:
         The loss, 0-d, differentiable once by hidden, weight and bias, and the metrics of ``grpo_loss``.
@@ -62,13 +69,28 @@ def linear_grpo_loss(
         ValueError, TypeError: as those two. RuntimeError: a second backward through the same result.
     """
     check_config(config)
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, backend)
+    hidden, weight, bias, options = head_arguments(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, backend
+    )
+    check_tensors(
+        "hidden",
+        hidden.device,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+    )
+    check_tensors(
+        "hidden",
+        hidden.device,
+        or_cpu=True,
+        advantages=advantages,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+    )
     leaves = (hidden, weight, bias)
     needs = [
         torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
     ]  # a leaf says requires_grad even under no_grad, and would be paid a gradient
-    number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
     loss, measured, *_ = _forward(
         hidden,
         weight,
@@ -80,17 +102,14 @@ def linear_grpo_loss(
         rollout_logprobs,
         loss_mask,
         cu_seqlens,
-        tensor,
-        None if number is None else float(number),
+        *split_normalizer(normalizer),
         config.key,
-        float(temperature),
-        softcap,
-        float(logit_scale),
+        *options,
         backend,
         needs,
     )
     names = _metric_names(config, ref_logprobs, rollout_logprobs)
-    return loss, dict(zip(names, measured.detach().unbind(), strict=True))
+    return loss, by_name(names, measured)
 
 
 def _metric_names(config: LossConfig, ref: Tensor | None, rollout: Tensor | None) -> tuple[str, ...]:

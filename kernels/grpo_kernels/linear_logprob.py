@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._backends import run_head
-from ._head import Needs, accumulation_dtype, autocast_inputs, check_head, make_head
+from ._head import Needs, accumulation_dtype, head_arguments, make_head
 from ._operators import empty_gradients
 
 if TYPE_CHECKING:
@@ -35,30 +35,33 @@ def linear_logprob(
 
     A head that needs no gradient costs 4·N·V·H FLOPs for forward and backward together (the derivative by
     hidden is finished in the forward pass); a trained head 8·N·V·H. Where the loss is one of ``LossConfig``,
-    ``linear_grpo_loss`` needs 6.
+    ``linear_grpo_loss`` needs 6. That logits need not be stored is from Cut Cross-Entropy (arXiv 2411.09009); taking
+    the target's logit as the reference of the exponentials, and what follows from it, is in the README.
 
     Args:
         hidden: (N, H) float32, bfloat16 or float16 (float64 on the torch backend).
         weight: (V, H) of the same dtype and device.
         targets: (N,) int32 or int64 in [0, V). Out of range raises on the CPU; on a GPU, where looking would stop
             the host, the log-prob is NaN, unless the environment says ``GRPO_KERNELS_DEBUG=1``.
-        temperature: positive.
-        bias: (V,); -inf entries mask tokens that are never targets.
+        temperature: positive; a number, as are the next two: a tensor's gradient would be lost.
+        softcap: positive, or None for no cap.
+        logit_scale: finite.
+        bias: (V,) floating point; -inf entries mask tokens that are never targets.
         backend: "torch", "triton", "fused", or "auto": triton on CUDA, torch elsewhere.
-
         vocab_group: the vocabulary is shared out over this process group: weight (and bias) hold this rank's rows,
             hidden and targets are the same on every rank. The gradient of hidden comes back summed over the group.
             PyTorch between the products, whatever the device; not inside ``torch.compile``.
         vocab_start: with vocab_group, the token that this rank's first row stands for.
 
     Returns:
-        logprobs and entropy, (N,) each, float32 (float64 for float64 inputs), entropy in nats.
+        logprobs and entropy, (N,) each, float32 (float64 for float64 inputs), in nats.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, device or range; the message names it.
     """
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_head(hidden, weight, targets, bias, temperature, softcap, logit_scale, backend)
+    hidden, weight, bias, options = head_arguments(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, backend
+    )
     if vocab_group is None and vocab_start:
         raise ValueError(f"vocab_start = {vocab_start} needs vocab_group")
     if vocab_group is not None:
@@ -66,13 +69,11 @@ def linear_logprob(
             raise ValueError(f"backend must be auto or torch with vocab_group, got {backend!r}")
         from ._vocab_parallel import vocab_parallel_logprob
 
-        options = (float(temperature), softcap, float(logit_scale))
         with torch.autocast(hidden.device.type, enabled=False):
             return vocab_parallel_logprob(hidden, weight, targets, bias, options, vocab_group, vocab_start)
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not trained
-    options = (float(temperature), softcap, float(logit_scale), backend)
-    logprobs, entropy, _ = _forward(hidden, weight, targets, bias, *options, frozen)
+    logprobs, entropy, _ = _forward(hidden, weight, targets, bias, *options, backend, frozen)
     return logprobs, entropy
 
 

@@ -1,11 +1,12 @@
 """The GRPO family of losses as one configuration: a choice in each row of a table, and names for rows."""
 
-import difflib
 import functools
 import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+
+from ._arguments import check_name, did_you_mean
 
 RatioLevel = Literal["token", "sequence"]
 Surrogate = Literal["clip", "cispo", "sapo", "gamma", "reinforce"]
@@ -22,18 +23,34 @@ _CHOICES = {
 }
 
 
+# Numbers that only some choices read: with the others they must stay at their defaults.
+_READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "clip_low": ("surrogate", ("clip",)),
+    "clip_high": ("surrogate", ("clip", "cispo")),
+    "sapo_tau_pos": ("surrogate", ("sapo",)),
+    "sapo_tau_neg": ("surrogate", ("sapo",)),
+    "gamma_pos": ("surrogate", ("gamma",)),
+    "gamma_neg": ("surrogate", ("gamma",)),
+    "mismatch_low": ("mismatch", ("mask", "sequence_mask")),
+    "mismatch_high": ("mismatch", ("truncate", "mask", "sequence_mask")),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What a policy loss is made of. The defaults are GRPO (DeepSeekMath, arXiv 2402.03300)."""
+    """What a policy loss is made of. The defaults are GRPO (DeepSeekMath, arXiv 2402.03300).
+
+    A number that the chosen surrogate or mismatch correction does not read must be left at its default.
+    """
 
     ratio_level: RatioLevel = "token"
     """Importance ratio of each token, or the geometric mean over its sequence (GSPO, arXiv 2507.18071)."""
     surrogate: Surrogate = "clip"
     """Policy-gradient term: clip (PPO), cispo, sapo, gamma (VESPO) or reinforce (no ratio at all)."""
     clip_low: float = 0.2
-    """The ratio is clipped below at 1 - clip_low (surrogate clip)."""
+    """The ratio is clipped below at 1 - clip_low (surrogate clip). The metrics count by the default with others."""
     clip_high: float = 0.2
-    """The ratio is clipped above at 1 + clip_high (surrogates clip and cispo)."""
+    """The ratio is clipped above at 1 + clip_high (surrogates clip and cispo); metrics as above."""
     ratio_cap: float | None = None
     """Upper bound of the ratio in the unclipped branch too (surrogate clip)."""
     dual_clip: float | None = None
@@ -70,19 +87,14 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for field, literal in _CHOICES.items():
-            value, allowed = getattr(self, field), get_args(literal)
-            if value not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {value!r}")
+            check_name(field, getattr(self, field), get_args(literal))
         for field, value in vars(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if field not in _CHOICES and not all(
-                number is None or (isinstance(number, int | float) and math.isfinite(number))
-                for number in numbers
-            ):
-                raise ValueError(f"{field} must be a finite number; got {value!r}")
-        for field in ("gamma_pos", "gamma_neg"):
-            pair = getattr(self, field)
-            _require(len(pair) == 2 and min(pair) > 0, field, "two positive numbers", pair)
+            if field in ("gamma_pos", "gamma_neg"):
+                pair = isinstance(value, tuple) and len(value) == 2
+                fine = pair and all(_finite(number) and number > 0 for number in value)
+                _require(fine, field, "a tuple of two positive numbers", value)
+            elif field not in _CHOICES and not (value is None and _default(field) is None):
+                _require(_finite(value), field, "a finite number", value)
         if self.off_policy_threshold is not None:
             _require(
                 self.off_policy_threshold >= 0,
@@ -100,12 +112,9 @@ class LossConfig:
             if value is not None:
                 _require(value > 1.0, field, "greater than 1", value)
                 _require(self.surrogate == "clip", field, "None unless surrogate is 'clip'", value)
-        _require(
-            self.mismatch_low <= self.mismatch_high,
-            "mismatch_low",
-            "at most mismatch_high",
-            self.mismatch_low,
-        )
+        if self.mismatch in ("mask", "sequence_mask"):
+            expectation = f"at most mismatch_high = {self.mismatch_high}"
+            _require(self.mismatch_low <= self.mismatch_high, "mismatch_low", expectation, self.mismatch_low)
         if self.entropy_quantile is not None:
             _require(
                 0.0 < self.entropy_quantile <= 1.0, "entropy_quantile", "in (0, 1]", self.entropy_quantile
@@ -113,6 +122,13 @@ class LossConfig:
         if self.ratio_level == "sequence":
             allowed = self.surrogate in ("clip", "cispo", "sapo")
             _require(allowed, "ratio_level", f"'token' with surrogate {self.surrogate!r}", "sequence")
+        for field, (choice, readers) in _READ_BY.items():
+            if getattr(self, choice) not in readers and getattr(self, field) != _default(field):
+                names = ", ".join(map(repr, readers))
+                raise ValueError(
+                    f"{field} is used by {choice} {names} only, got {choice} {getattr(self, choice)!r}; "
+                    f"leave {field} at its default {_default(field)}"
+                )
         object.__setattr__(self, "_key", json.dumps(asdict(self)))
 
     @property
@@ -164,6 +180,9 @@ class LossConfig:
     def preset(cls, name: str, **overrides: Any) -> "LossConfig":
         """The named loss, with fields replaced.
 
+        Where these choose another surrogate or mismatch, what the preset set for its own and the new one does
+        not read goes back to the default.
+
         rloo goes with ``group_advantages(mode="leave_one_out")``, reinforce_pp with
         ``mode="scalarized", scale="batch"``, dr_grpo with ``scale="none"``; the presets fix the loss alone.
 
@@ -171,13 +190,23 @@ class LossConfig:
             ValueError: unknown preset or field, naming the nearest known one; a value out of its range.
         """
         if name not in _PRESET_FIELDS:
-            raise ValueError(f"unknown preset {name!r}; {_nearest(name, _PRESET_FIELDS)}")
+            raise ValueError(f"unknown preset {name!r}{_nearest(name, _PRESET_FIELDS)}")
         for field in overrides:
             if field not in cls.__dataclass_fields__:
-                raise ValueError(
-                    f"unknown loss option {field!r}; {_nearest(field, cls.__dataclass_fields__)}"
-                )
-        return cls(**{**_PRESET_FIELDS[name], **overrides})
+                raise ValueError(f"unknown loss option {field!r}{_nearest(field, cls.__dataclass_fields__)}")
+        chosen = {**_PRESET_FIELDS[name], **overrides}
+        for field, (choice, readers) in _READ_BY.items():
+            if field not in overrides and chosen.get(choice, _default(choice)) not in readers:
+                chosen.pop(field, None)
+        return cls(**chosen)
+
+
+def _default(field: str) -> Any:
+    return LossConfig.__dataclass_fields__[field].default
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(fine: bool, field: str, expectation: str, value: object) -> None:
@@ -186,8 +215,7 @@ def _require(fine: bool, field: str, expectation: str, value: object) -> None:
 
 
 def _nearest(name: str, known: Any) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
+    return did_you_mean(name, known) or f"; known: {', '.join(known)}"
 
 
 _PRESET_FIELDS: dict[str, dict[str, Any]] = {
