@@ -63,7 +63,7 @@ def read_ratings(
     finite number, is off its scale or contradicts its kind; for a head that has different kinds or scales in
     two sources, whose labels are all equal, or that `kinds` or `rename` name and no source has.
     """
-    if isinstance(sources, str):
+    if isinstance(sources, str):  # a sequence of texts as well, of one letter each
         sources = [sources]
     if not sources:
         raise UserError("no ratings are given: name at least one file or data set")
@@ -152,6 +152,7 @@ def _read_source(source: str, format: str, split: str) -> tuple[Table, list[Rate
     unread = _unread_numbers(table, schema) if schema.needed else []
     if unread:
         table.warnings.append(f"{source}: columns ignored, as {name} has no such heads: {listed(unread)}")
+    records.clear()  # the examples hold what is needed of them
     return table, examples
 
 

@@ -221,7 +221,10 @@ def _beavertails(table: Table) -> Iterator[RatedExample]:
         category = columns.get("category")
         if not isinstance(category, dict):
             raise UserError(f"{where}: category must be an object of true and false, got {shown(category)}")
-        specs = [HeadSpec(name=name, kind="binary", low=0.0, high=1.0) for name in category]
+        specs = [
+            table.heads.get(name) or HeadSpec(name=name, kind="binary", low=0.0, high=1.0)
+            for name in category
+        ]
         if IS_SAFE.name in category:
             raise UserError(f"{where}: category must not name is_safe, which is a column of its own")
         labels = _labels(table, {**category, "is_safe": columns.get("is_safe")}, [*specs, IS_SAFE], where)
