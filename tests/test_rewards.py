@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 import subprocess
@@ -26,7 +25,6 @@ from grpo_fast.rewards.functions import (
     combine_names,
     load_function,
     objective_weights,
-    reward_model_heads,
 )
 
 LOADED_FROM = [Path(module.__file__ or "").parents[1] for module in (grpo_fast, grpo_kernels)]
@@ -269,16 +267,11 @@ def test_weights_and_directions():
         objective_weights(names, RewardSettings(weights={"safety": 1.0}))
 
 
-def test_names_of_heads_and_functions(tmp_path: Path):
-    assert combine_names(["safety"], ["length"]) == ["safety", "length"]
+def test_names_of_heads_rubrics_and_functions():
+    assert combine_names(["safety"], ["kind"], ["length"]) == ["safety", "kind", "length"]
     with pytest.raises(UserError, match="'safety' is a head of the reward model and a reward function's too"):
-        combine_names(["safety"], ["safety"])
-    config = tmp_path / "config.json"
-    with pytest.raises(UserError, match="cannot read"):
-        reward_model_heads(str(tmp_path))
-    config.write_text(json.dumps({"id2label": {str(k): f"head{k}" for k in (10, 2, 0)}}))
-    assert reward_model_heads(str(tmp_path)) == ["head0", "head2", "head10"]
-    for text in ("{", "[]", "{}", '{"id2label": ["a"]}', '{"id2label": {"a": "b"}}'):
-        config.write_text(text)
-        with pytest.raises(UserError, match="names no heads"):
-            reward_model_heads(str(tmp_path))
+        combine_names(["safety"], [], ["safety"])
+    with pytest.raises(UserError, match="'safety' is a head of the reward model and a rubric too"):
+        combine_names(["safety"], ["safety"], [])
+    with pytest.raises(UserError, match="'kind' is a rubric and a reward function's too"):
+        combine_names([], ["kind"], ["kind"])

@@ -64,20 +64,56 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSettings:
-    """The objectives: heads of a reward model, Python functions, or both."""
+    """The objectives: heads of reward models, a judge's rubrics, Python functions, or several of these."""
 
-    model: str = ""
-    """Folder of a multi-head reward model; empty: none (the miniature trains its own)."""
+    model: tuple[str, ...] = ()
+    """Reward models, folders or hub ids ([name=]model); those with the same heads are an ensemble; empty: none."""
     functions: tuple[str, ...] = ()
     """Python reward functions, each module:function; the working directory is importable."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of each objective, name=number ...; empty: 1 for all; negative turns one around."""
     directions: dict[str, Literal["max", "min"]] = field(default_factory=dict)
     """Objectives to be lowered, name=min ...; unnamed ones are raised (max)."""
+    lower_bounds: dict[str, float] = field(default_factory=dict)
+    """Objectives rewarded by score - k * spread, name=k ...: what the reward model is unsure of is worth less."""
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """Objectives rewarded by 1 where the score is at least this and 0 below, name=number ..."""
+    floors: dict[str, float] = field(default_factory=dict)
+    """Objectives held at this mean score while the others are maximised (Lagrange multipliers), name=number ..."""
+    floor_lr: float = 0.05
+    """Step size of the multipliers, in weights a step for a gap of one standard deviation."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Score finished groups while others are still generated; auto: on a CUDA device. Changes speed alone."""
     timeout_s: float = 60.0
     """Seconds a reward function may take for one batch before the run stops."""
     workers: int = 8
     """Reward functions that run at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """A language model on your own server that rates completions by rubrics."""
+
+    url: str = ""
+    """Base of its OpenAI-compatible interface, http://127.0.0.1:8000/v1; empty: no judge."""
+    model: str = ""
+    """Name of the model there."""
+    rubrics: dict[str, str] = field(default_factory=dict)
+    """Objectives and what it means to be good at each, name=text ..."""
+    scale: tuple[float, float] = (0.0, 10.0)
+    """The judge answers with a number on this scale; rewards are mapped to [0, 1]."""
+    timeout_s: float = 60.0
+    """Seconds one request may take."""
+    retries: int = 3
+    """Times a request that fails for a passing reason is sent again."""
+    concurrency: int = 16
+    """Requests under way at the same time."""
+    max_tokens: int = 16
+    """Longest answer, in tokens."""
+    cache: str = ""
+    """Folder of answers already given, which are not asked for again; empty: none."""
+    api_key_env: str = ""
+    """NAME of the environment variable that holds the server's key; empty: no key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,31 +251,31 @@ class MiniatureWorld:
     """The embedded world: used when no model is given."""
 
     hidden: int = 128
-    """Hidden size of the policy and of the reward model."""
+    """Hidden size of its models."""
     layers: int = 3
-    """Layers of the policy and of the reward model, which starts from the warm-started policy."""
+    """Layers of its models."""
     heads: int = 4
-    """Attention heads of both."""
-    demonstrations: int = 10000
-    """Good and bad replies the warm start is trained on."""
-    warm_epochs: int = 2
-    """Passes of the warm start over the demonstrations."""
-    warm_lr: float = 2e-3
-    """Peak learning rate of the warm start."""
+    """Attention heads of its models."""
     labelled: int = 12000
     """Replies with noisy, partly missing labels the reward model is trained on."""
-    batch_size: int = 32
-    """Sequences in one optimizer step of the warm start (with grpo_fast.train of the reward model's training too)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiniatureSettings(MiniatureWorld):
     """The embedded world: used when policy.model is empty."""
 
+    demonstrations: int = 10000
+    """Good and bad replies the warm start is trained on."""
+    warm_epochs: int = 2
+    """Passes of the warm start over the demonstrations."""
+    warm_lr: float = 2e-3
+    """Peak learning rate of the warm start."""
     reward_epochs: int = 2
-    """Passes of the reward model's training over the labelled replies."""
+    """Passes of the reward model's training over the labelled replies; it starts from the warm-started policy."""
     reward_lr: float = 2e-3
     """Peak learning rate of the reward model's training."""
+    batch_size: int = 32
+    """Sequences in one optimizer step of the warm start and of the reward model's training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +299,9 @@ class TrainConfig:
     data: DataSettings = field(default_factory=DataSettings)
     """The prompts."""
     reward: RewardSettings = field(default_factory=RewardSettings)
-    """The objectives: heads of a reward model, Python functions, or both."""
+    """The objectives: heads of reward models, a judge's rubrics, Python functions, or several of these."""
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    """A language model on your own server that rates completions by rubrics."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Sampling of the completions."""
     advantage: AdvantageSettings = field(default_factory=AdvantageSettings)

@@ -14,12 +14,10 @@ Python work takes turns.
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,41 +127,25 @@ def with_messages(columns: dict[str, Any], messages: Messages | None) -> dict[st
 # ---- objectives ----
 
 
-def reward_model_heads(folder: str) -> list[str]:
-    """Names of a reward model's heads, from its `config.json` alone.
-
-    Raises `UserError` where that file is missing, broken or names no heads.
-    """
-    path = Path(folder) / "config.json"
-    try:
-        labels = json.loads(path.read_bytes())["id2label"]
-        return [str(labels[key]) for key in sorted(labels, key=int)]
-    except OSError as error:
-        raise UserError(f"reward.model = {folder}: cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"reward.model = {folder}: {path} names no heads (id2label), it is no reward model"
-        ) from None
-
-
-def combine_names(heads: Sequence[str], functions: Sequence[str]) -> list[str]:
-    """The objectives in the order of the reward matrix: heads, then functions' names."""
-    for name in functions:
-        if name in heads:
-            raise UserError(
-                f"objective {name!r} is a head of the reward model and a reward function's too: rename one"
-            )
-    return [*heads, *functions]
+def combine_names(heads: Sequence[str], rubrics: Sequence[str], functions: Sequence[str]) -> list[str]:
+    """The objectives in the order of the reward matrix: heads, then rubrics, then functions' names."""
+    sources = {"a head of the reward model": heads, "a rubric": rubrics, "a reward function's": functions}
+    owner: dict[str, str] = {}
+    for source, names in sources.items():
+        for name in names:
+            if owner.setdefault(name, source) != source:
+                raise UserError(f"objective {name!r} is {owner[name]} and {source} too: rename one")
+    return list(owner)
 
 
 def objective_weights(names: Sequence[str], settings: RewardSettings) -> Tensor:
     """(R,) float32: each objective's weight, negated where its direction is `min`.
 
     Without weights each counts 1. With weights, every objective must have one (0: reported, not trained).
-    Raises `UserError` for a weight or direction of no objective, and for an objective without weight.
+    Raises `UserError` for a setting of no objective, and for an objective without weight.
     """
-    for field, given in (("weights", settings.weights), ("directions", settings.directions)):
-        for name in given:
+    for field in ("weights", "directions", "lower_bounds", "thresholds", "floors"):
+        for name in getattr(settings, field):
             if name not in names:
                 raise UserError(
                     f"reward.{field} names {name!r}, but the objectives are {', '.join(names) or 'none'}"
@@ -174,6 +156,8 @@ def objective_weights(names: Sequence[str], settings: RewardSettings) -> Tensor:
         raise UserError(
             f"reward.weights has no {', '.join(missing)}: give each objective a weight (0: only reported)"
         )
+    if settings.floors and all(name in settings.floors for name in names):
+        raise UserError("reward.floors names every objective: leave one to maximise")
     signs = [-1.0 if settings.directions.get(name) == "min" else 1.0 for name in names]
     weights = [settings.weights.get(name, 1.0) for name in names]
     return torch.tensor(
