@@ -13,7 +13,8 @@ import pytest
 
 from grpo_fast.errors import UserError
 from grpo_fast.report.charts import Series, line_chart, stacked_chart, tick_text, ticks
-from grpo_fast.report.page import figure, interval, main, signed, write_report
+from grpo_fast.report.page import main, write_report
+from grpo_fast.report.template import figure, interval, signed
 from grpo_fast.run.command import run_command
 
 NAMES = ["safety", "tone"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from grpo_fast.run.progress import plain_text
+
 WIDTH, HEIGHT = 400, 210
 _TOP, _BOTTOM, _LEFT = 10, 24, 50
 _MOST_POINTS, _MOST_OF_MANY = (
@@ -90,6 +92,64 @@ def stacked_chart(
     return _svg(parts, label)
 
 
+def scatter_chart(points: Sequence[tuple[float, float]], label: str, *, across: str, colour: str) -> Markup:
+    """Dots at (x, y), at least one; `across` names the horizontal axis in a few letters."""
+    frame = _Frame([x for x, _ in points], [y for _, y in points], 12)
+    parts = [frame.axes(across)]
+    for x, y in (frame.point(*point) for point in points):
+        parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='2.4' fill='{escape(colour)}' opacity='0.5'/>")
+    return _svg(parts, label)
+
+
+def reliability_chart(bins: Sequence[tuple[float, float, int]], label: str, *, colour: str) -> Markup:
+    """(predicted, observed, n) of each bin, at least one, and the diagonal on which they should lie.
+
+    A dot's area grows with its bin.
+    """
+    ends = [value for predicted, observed, _ in bins for value in (predicted, observed)]
+    low, high = min(ends), max(ends)
+    frame = _Frame([low, high], [low, high], 12)
+    (x0, y0), (x1, y1) = frame.point(low, low), frame.point(high, high)
+    parts = [
+        frame.axes("score"),
+        f"<line class='diagonal' x1='{x0:.1f}' y1='{y0:.1f}' x2='{x1:.1f}' y2='{y1:.1f}'/>",
+    ]
+    places = [frame.point(predicted, observed) for predicted, observed, _ in bins]
+    path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    parts.append(f"<path class='line' d='{path}' stroke='{escape(colour)}'/>")
+    largest = max(n for *_, n in bins) or 1
+    for (x, y), (*_, n) in zip(places, bins, strict=True):
+        radius = max(1.5, 4.5 * math.sqrt(n / largest))
+        parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{radius:.1f}' fill='{escape(colour)}'/>")
+    return _svg(parts, label)
+
+
+def heat_map(names: Sequence[str], values: Sequence[Sequence[float | None]], label: str) -> Markup:
+    """Correlations (R, R) within -1 and 1, one row a name: `--c0` above zero, `--c1` below, stronger is denser."""
+    left, top, cell = 116, 60, 26
+    width = min(72.0, (WIDTH - left - 70) / len(names))
+    parts = []
+    for i, name in enumerate(names):
+        y, x = top + cell * i, left + width * (i + 0.5)
+        parts.append(f"<text x='{left - 8}' y='{y + 17}' text-anchor='end'>{escape(_shortened(name))}</text>")
+        turned = f"transform='rotate(-32 {x:.1f} {top - 7})'"
+        parts.append(f"<text x='{x:.1f}' y='{top - 7}' {turned}>{escape(_shortened(name))}</text>")
+        for j, value in enumerate(values[i]):
+            place = f"x='{left + width * j:.1f}' y='{y}' width='{width - 2:.1f}' height='{cell - 2}' rx='3'"
+            if value is None or i == j:
+                parts.append(f"<rect {place} fill='var(--grid)'/>")
+                continue
+            colour = "var(--c0)" if value >= 0 else "var(--c1)"
+            parts.append(f"<rect {place} fill='{colour}' opacity='{0.06 + 0.5 * abs(value):.2f}'/>")
+            if width >= 26:
+                middle = left + width * (j + 0.5) - 1
+                text = f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # no minus before 0.00
+                parts.append(
+                    f"<text class='value' x='{middle:.1f}' y='{y + 16}' text-anchor='middle'>{text}</text>"
+                )
+    return _svg(parts, label, height=top + cell * len(names) + 6)
+
+
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers from low to high (both within, high > low), as near to `count` of them as can be."""
     power = 10.0 ** math.floor(math.log10((high - low) / count))
@@ -133,7 +193,7 @@ class _Frame:
             HEIGHT - _BOTTOM - _TOP
         )
 
-    def axes(self) -> str:
+    def axes(self, across: str = "step") -> str:
         parts = []
         marks = ticks(self.y0, self.y1)
         for value in marks:
@@ -144,12 +204,15 @@ class _Frame:
             )
             parts.append(f"<text x='{self.left - 6}' y='{y + 3.5:.1f}' text-anchor='end'>{text}</text>")
         count = max(2, round((self.right - self.left) / 65))
-        marks = [value for value in ticks(self.x0, self.x1, count) if value == round(value)]
+        marks = ticks(self.x0, self.x1, count)
+        if across == "step":
+            marks = [value for value in marks if value == round(value)]
         for value in marks:
             x = self.point(value, self.y0)[0]
-            text = f"{value:g}" if value < 1e4 else f"{value / 1000:g}k"
+            text = f"{value:g}" if abs(value) < 1e4 else f"{value / 1000:g}k"
+            text = text.replace("-", "−")
             parts.append(f"<text x='{x:.1f}' y='{HEIGHT - 7}' text-anchor='middle'>{text}</text>")
-        parts.append(f"<text x='{self.left - 6}' y='{HEIGHT - 7}' text-anchor='end'>step</text>")
+        parts.append(f"<text x='{self.left - 6}' y='{HEIGHT - 7}' text-anchor='end'>{escape(across)}</text>")
         return "".join(parts)
 
 
@@ -235,7 +298,8 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 16 else name[:15] + "…"
 
 
-def _svg(parts: Sequence[str], label: str) -> Markup:
-    return Markup(  # every piece of text in the parts is escaped or a number
-        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(label)}'>{''.join(parts)}</svg>"
+def _svg(parts: Sequence[str], label: str, *, height: int = HEIGHT) -> Markup:
+    drawing = (
+        f"<svg viewBox='0 0 {WIDTH} {height}' role='img' aria-label='{escape(label)}'>{''.join(parts)}</svg>"
     )
+    return Markup(plain_text(drawing))  # every piece of text in the parts is escaped or a number

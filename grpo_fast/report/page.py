@@ -8,16 +8,16 @@ forbids any (completions are hostile text), loads nothing, and follows the reade
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeGuard
-
-from jinja2 import Environment
-from markupsafe import Markup
+from typing import Any
 
 from grpo_fast.errors import UserError
 from grpo_fast.report.charts import Series, line_chart, stacked_chart
+from grpo_fast.report.reward_page import QUALITY_FILE, write_reward_report
+from grpo_fast.report.template import is_number, page_template
 from grpo_fast.run.command import Parser
 from grpo_fast.run.metrics import PHASES, read_rows, read_summary, write_atomically
-from grpo_fast.run.progress import PHASE_TITLES, duration, plain_text, si
+from grpo_fast.run.progress import PHASE_TITLES
+from grpo_fast.trust.watch import Watch
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,6 +40,21 @@ _POLICY_CHARTS: list[tuple[str, str, dict[str, str], float | None]] = [
     ("Loss", "", {"loss": "loss"}, None),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}, 0.0),
     ("Learning rate", "", {"lr": "rate"}, 0.0),
+]
+# Whether the rewards still mean what they did when the reward model was trained.
+_TRUST_CHARTS: list[tuple[str, str, dict[str, str], float | None]] = [
+    (
+        "Distance from the reward model's training",
+        "mean over a step's completions; 1 is a typical held-out reply",
+        {"distance": "distance"},
+        0.0,
+    ),
+    (
+        "Outside the reward model's training",
+        "share of completions further out than 95% of held-out replies",
+        {"outside_frac": "share"},
+        0.0,
+    ),
 ]
 _SPEED_CHARTS: list[tuple[str, str, dict[str, str], float | None]] = [
     ("Throughput", "tokens a second", {"tokens_per_s": "tokens/s"}, 0.0),
@@ -76,12 +91,7 @@ def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | No
     names = list(dict.fromkeys([*names, *logged]))
     colours = {objective: f"var(--c{i % 8})" for i, objective in enumerate(names)}
     pairs = _pairs(samples, names)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_clean)
-    environment.filters.update(figure=figure, signed=signed, interval=interval, duration=duration, si=si)
-    template = environment.from_string(
-        (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return page_template("report.html.jinja").render(
         name=(summary or {}).get("name") or name,
         summary=summary,
         last=rows[-1] if rows else None,
@@ -90,6 +100,8 @@ def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | No
         headline=_headline(summary),
         shares=_shares((summary or {}).get("phase_s") or _phase_seconds(rows)),
         reward_charts=_reward_charts(judged, colours),
+        warnings=_warnings(grpo),
+        trust_charts=_trust_charts(grpo, colours),
         policy_charts=_charts(judged, _POLICY_CHARTS),
         speed_charts=[*_time_chart(grpo), *_charts(grpo, _SPEED_CHARTS)],
         early_charts=_early_charts(rows),
@@ -99,30 +111,6 @@ def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | No
         pair_count=len(pairs),
         config_toml=config_toml,
     )
-
-
-def figure(value: float | None) -> str:
-    """A number of the text, three decimals: what summary.json says, rounded."""
-    if value is None:
-        return "–"
-    text = f"{value:.3f}".replace("-", "−")
-    return "0.000" if text == "−0.000" else text
-
-
-def signed(value: float | None) -> str:
-    """`figure` with its sign."""
-    text = figure(value)
-    return text if value is None or text == "0.000" or text.startswith("−") else f"+{text}"
-
-
-def interval(measured: Mapping[str, Any] | None, sign: bool = False) -> str:
-    """The 95% interval of `{"mean", "ci95"}` as "0.412 to 0.468"."""
-    ci95 = (measured or {}).get("ci95")
-    return " to ".join((signed if sign else figure)(end) for end in ci95) if ci95 else ""
-
-
-def _clean(value: Any) -> Any:
-    return plain_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _headline(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -171,12 +159,12 @@ def _series(
 ) -> Series | None:
     """The metric over the steps that logged it, or None when no step did."""
     there = [row for row in rows if key in row]
-    if not any(_number(row[key]) for row in there):
+    if not any(is_number(row[key]) for row in there):
         return None
     return Series(
         name=name,
         x=[row["step"] for row in there],
-        y=[row[key] if _number(row[key]) else None for row in there],
+        y=[row[key] if is_number(row[key]) else None for row in there],
         colour=colour,
         spread=[1.96 * (row.get(spread) or 0.0) for row in there] if spread and spread in there[0] else None,
         marks=marks,
@@ -211,11 +199,11 @@ def _judged(rows: Rows, summary: Mapping[str, Any] | None) -> Rows:
     ends: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
     for name, objective in ((summary or {}).get("objectives") or {}).items():
         for when, found in ends.items():
-            if (judged := objective.get(f"judge_{when}")) and _number(judged.get("mean")):
+            if (judged := objective.get(f"judge_{when}")) and is_number(judged.get("mean")):
                 found[f"eval/judge/{name}"] = judged["mean"]
     refusal = (summary or {}).get("over_refusal") or {}
     for when, found in ends.items():
-        if _number(share := (refusal.get(when) or {}).get("mean")):
+        if is_number(share := (refusal.get(when) or {}).get("mean")):
             found["eval/judge/refusal"] = share
     if not rows:
         return rows
@@ -235,6 +223,26 @@ def _reward_charts(rows: Rows, colours: Mapping[str, str]) -> list[dict[str, Any
     )
 
 
+def _trust_charts(rows: Rows, colours: Mapping[str, str]) -> list[dict[str, Any]]:
+    by_objective = (
+        ("spread", "Uncertainty", "of the reward model, in each objective's unit"),
+        ("multiplier", "Multipliers", "weight of the objectives with a floor"),
+        ("floor_gap", "Below the floor", "by how much the mean reward misses it"),
+    )
+    charts = _charts(rows, _TRUST_CHARTS)
+    for key, title, hint in by_objective:
+        lines = [_series(rows, f"{key}/{name}", name, colour) for name, colour in colours.items()]
+        charts += _chart(title, hint, lines, 0.0)
+    return charts
+
+
+def _warnings(rows: Rows) -> list[tuple[int, str]]:
+    """(step, what was said) of everything the run warned of."""
+    watch = Watch()
+    plain = [{key: value for key, value in row.items() if not key.startswith("warning/")} for row in rows]
+    return [(row["step"], text) for row in plain for text in watch.step(row).values()]
+
+
 def _early_charts(rows: Rows) -> list[dict[str, Any]]:
     """One chart for each scalar of the phases before GRPO."""
     charts = []
@@ -250,8 +258,17 @@ def _early_charts(rows: Rows) -> list[dict[str, Any]]:
 
 def _other_charts(rows: Rows) -> list[dict[str, Any]]:
     """Whatever GRPO steps logged that no other chart shows."""
-    shown = {key for _, _, keys, _ in [*_POLICY_CHARTS, *_SPEED_CHARTS] for key in keys}
-    prefixes = ("reward/", "reward_sem/", "group_std/", "eval/judge/")
+    shown = {key for _, _, keys, _ in [*_POLICY_CHARTS, *_TRUST_CHARTS, *_SPEED_CHARTS] for key in keys}
+    prefixes = (
+        "reward/",
+        "reward_sem/",
+        "group_std/",
+        "eval/judge/",
+        "spread/",
+        "multiplier/",
+        "floor_gap/",
+        "warning/",
+    )
     charts = []
     for key in sorted({key for row in rows for key in row}):
         if key not in shown and not _bookkeeping(key) and not key.startswith(prefixes):
@@ -264,7 +281,7 @@ def _time_chart(rows: Rows) -> list[dict[str, Any]]:
 
     Phases of fewer than half of the steps (evaluation, checkpoints) would only be spikes and are left out.
     """
-    timed = [row for row in rows if _number(row.get("time/step_s"))]
+    timed = [row for row in rows if is_number(row.get("time/step_s"))]
     spent = {name: [row.get(f"time/{name}_s") or 0.0 for row in timed] for name in _phase_seconds(timed)}
     layers = {name: values for name, values in spent.items() if 2 * sum(v > 0 for v in values) >= len(timed)}
     if not layers:
@@ -286,7 +303,7 @@ def _phase_seconds(rows: Rows) -> dict[str, float]:
     totals: dict[str, float] = {}
     for row in rows:
         for key, value in row.items():
-            if key.startswith("time/") and key != "time/step_s" and _number(value):
+            if key.startswith("time/") and key != "time/step_s" and is_number(value):
                 name = key.removeprefix("time/").removesuffix("_s")
                 totals[name] = totals.get(name, 0.0) + value
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
@@ -294,7 +311,7 @@ def _phase_seconds(rows: Rows) -> dict[str, float]:
 
 def _shares(phase_s: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     """(phase, seconds, per cent of all) the longest first."""
-    known = {name: seconds for name, seconds in phase_s.items() if _number(seconds)}
+    known = {name: seconds for name, seconds in phase_s.items() if is_number(seconds)}
     whole = sum(known.values()) or 1.0
     return [(n, s, 100 * s / whole) for n, s in sorted(known.items(), key=lambda item: -item[1])]
 
@@ -314,14 +331,14 @@ def _pairs(samples: Rows, names: Sequence[str]) -> list[dict[str, Any]]:
     ranges: dict[str, tuple[float, float]] = {}
     for name in names:
         given = [(sample.get("scores") or {}).get(name) for sample in shown]
-        scores = [score for score in given if _number(score)]
+        scores = [score for score in given if is_number(score)]
         if scores:
             ranges[name] = (min(scores), max(scores))
 
     def scored(sample: Mapping[str, Any]) -> list[tuple[str, float, float | None, float]]:
         scores, judge, found = sample.get("scores") or {}, sample.get("judge") or {}, []
         for name, (low, high) in ranges.items():
-            if _number(score := scores.get(name)):
+            if is_number(score := scores.get(name)):
                 found.append((name, score, judge.get(name), 100 * (score - low) / ((high - low) or 1.0)))
         return found
 
@@ -335,10 +352,6 @@ def _pairs(samples: Rows, names: Sequence[str]) -> list[dict[str, Any]]:
     return [those[i] for i in range(turns) for those in by_kind.values() if i < len(those)]
 
 
-def _number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _bookkeeping(key: str) -> bool:
     return key in ("phase", "step", "time_s") or key.startswith("time/")
 
@@ -347,5 +360,6 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m grpo_fast.report RUN`."""
     parser = Parser(prog="python -m grpo_fast.report", description="Make a run's report.html again.")
     parser.add_argument("run", help="folder of the run, for example runs/miniature")
-    print(write_report(parser.parse_args(argv).run))
+    run = Path(parser.parse_args(argv).run)
+    print((write_reward_report if (run / QUALITY_FILE).exists() else write_report)(run))
     return 0

@@ -1,0 +1,78 @@
+"""Signs, while a policy is trained, that its rewards mean less than they did: what the reward model is asked about has
+left what it was trained on, or an ensemble no longer agrees.
+
+Over-optimised rewards rise while the truth falls (Gao et al., arXiv 2210.10760); neither sign needs the truth. Both
+are compared with the policy's own first steps, over windows, so that one odd batch rings no bell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WINDOW = 5
+"""Steps that are averaged, at the beginning and at the end."""
+OUTSIDE = 0.15
+"""Share of completions outside the reward model's training distribution that is too much (5% is to be expected)."""
+OUTSIDE_GROWTH = 2.0
+"""... and how many times the first steps' share it must be."""
+DISTANCE_GROWTH = 1.15
+"""How many times as far from the training replies as in the first steps completions may lie on average."""
+SPREAD_GROWTH = 1.5
+"""How many times the first steps' spread an ensemble may reach."""
+
+Row = Mapping[str, Any]
+
+
+def signs(rows: Sequence[Row]) -> dict[str, str]:
+    """What the last steps of `rows` (metrics, the first step first) warn of: name -> sentence. Empty when all is well.
+
+    Reads `outside_frac`, `distance` and `spread/<objective>`; needs more than two windows of steps.
+    """
+    found: dict[str, str] = {}
+    if len(rows) < 2 * WINDOW:
+        return found
+    if (share := _windows(rows, "outside_frac")) and share[1] > max(OUTSIDE, OUTSIDE_GROWTH * share[0]):
+        found["outside"] = (
+            f"{share[1]:.0%} of the completions are unlike anything the reward model was trained on "
+            f"({share[0]:.0%} at the start): its scores may mean nothing there"
+        )
+    if (far := _windows(rows, "distance")) and far[1] > DISTANCE_GROWTH * far[0] > 0:
+        found["distance"] = (
+            f"completions lie {far[1] / far[0]:.2f} times as far from what the reward model was trained on as at the "
+            "start: its scores are worth less there"
+        )
+    for key in (key for key in rows[-1] if key.startswith("spread/")):
+        if (spread := _windows(rows, key)) and spread[1] > SPREAD_GROWTH * spread[0] > 0:
+            name = key.removeprefix("spread/")
+            found[key] = (
+                f"the reward model is {spread[1] / spread[0]:.1f} times as unsure of {name} as at the start: what the "
+                "policy gains there may be its errors"
+            )
+    return found
+
+
+def _windows(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
+    """Mean over the first and over the last WINDOW steps that logged `key`."""
+    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    if len(values) < 2 * WINDOW:
+        return None
+    return sum(values[:WINDOW]) / WINDOW, sum(values[-WINDOW:]) / WINDOW
+
+
+class Watch:
+    """Keeps the history of a run and says each sign once."""
+
+    def __init__(self, rows: Sequence[Row] = ()) -> None:
+        """`rows`: the steps that an earlier process took."""
+        self._rows = [dict(row) for row in rows]
+        self._said = {
+            key.removeprefix("warning/") for row in rows for key in row if key.startswith("warning/")
+        }
+
+    def step(self, metrics: Row) -> dict[str, str]:
+        """The signs that this step shows for the first time."""
+        self._rows.append(dict(metrics))
+        new = {name: text for name, text in signs(self._rows).items() if name not in self._said}
+        self._said |= new.keys()
+        return new
