@@ -37,7 +37,7 @@ standard error of 256 prompts)."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: train what is missing, write the JSON, print the table."""
-    parser = Parser(prog="python -m benchmarks.variants", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.variants", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("suite", choices=list(SUITES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; the cores are shared out")
