@@ -15,15 +15,15 @@ import transformers
 from grpo_fast.config.command_line import parse
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Row, tokenize
-from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.errors import UserError
 from grpo_fast.models.policy import Policy
 from grpo_fast.models.reward_model import RewardModel
+from grpo_fast.models.reward_set import RewardSet, read_saved
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import read_summary
 from grpo_fast.run.progress import plain_text
-from grpo_fast.task import tokens_to_ids
+from grpo_fast.task import sampling_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,9 @@ class Speaker:
         recorded = (read_summary(run) or {}).get("prompt_format")
         self.chat = (recorded != "plain" and template) if chat is None else chat
         judge = run / "reward_model"
-        judge = judge if judge.is_dir() else Path(self.config.reward.model or judge)
-        self.reward_model = RewardModel.load(judge, device=device, dtype=dtype) if judge.is_dir() else None
+        saved = read_saved(self.config.reward.model or ([str(judge)] if judge.is_dir() else []))
+        models = [RewardModel.load(model, device=device, dtype=dtype) for model in saved]
+        self.rewards = RewardSet.of(models) if models else None
 
     def answer(
         self,
@@ -86,9 +87,7 @@ class Speaker:
             rollout = replace(rollout, temperature=temperature)
         if max_new_tokens is not None:
             rollout = replace(rollout, max_new_tokens=max_new_tokens)
-        sampling = Sampling.of(
-            rollout, [*self.policy.stop_token_ids, *tokens_to_ids(tokenizer, rollout.stop_tokens)]
-        )
+        sampling = sampling_of(rollout, self.policy)
         limit = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
         given, new = len(encoded.token_ids), sampling.max_new_tokens
         if limit and given + new > limit:
@@ -99,9 +98,10 @@ class Speaker:
         completions = self.engine.generate([encoded.token_ids], samples, sampling, seed)
         texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
         scores: list[dict[str, float]] = [{} for _ in texts]
-        if self.reward_model:
-            table = self.reward_model.scores([encoded.messages or encoded.text] * samples, texts).tolist()
-            scores = [dict(zip(self.reward_model.head_names, row, strict=True)) for row in table]
+        if self.rewards:
+            asked = [encoded.messages or encoded.text] * samples
+            table = self.rewards.predict(asked, texts, token_budget=8192).scores.tolist()
+            scores = [dict(zip(self.rewards.names, row, strict=True)) for row in table]
         return [
             Answer(text=text, scores=score, tokens=len(c.token_ids), cut=c.finish_reason == "length")
             for text, score, c in zip(texts, scores, completions, strict=True)

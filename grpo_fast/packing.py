@@ -68,13 +68,15 @@ def pack(
     token_budget: int,
     share_prefix: bool = True,
     keep_last: bool = False,
+    together: Sequence[int] | None = None,
 ) -> list[PackedBatch]:
     """Distribute sequences over rows of at most `token_budget` tokens, on the CPU.
 
     `prompt_of[i]` is the index of completion i's prompt (default i). With `share_prefix`, the completions of
     one prompt stay together as far as they fit and their row holds the prompt once: `[prompt | c1 | ... |
     cG]`. A completion's last token predicts nothing and is left out of the input unless `keep_last`, which
-    reward models need. A sequence longer than the budget gets a row of its own. Rows are filled longest
+    reward models need. Completions with the same number in `together` (the replies of a comparison) land in the same
+    row. A sequence, or such a bundle, longer than the budget gets a row of its own. Rows are filled longest
     first, each time into the row it fills best; the result depends on nothing but the arguments. Each
     completion lands in exactly one row.
 
@@ -84,17 +86,21 @@ def pack(
     _check(prompts, completions, owner, token_budget)
     dropped = 0 if keep_last else 1
     sizes = [max(len(c) - dropped, 0) for c in completions]
-    units = _units(prompts, owner, sizes, token_budget, share_prefix)
+    if together is None:
+        units = _units(prompts, owner, sizes, token_budget, share_prefix)
+        bundles = [(cost, [unit]) for cost, unit in units]
+    else:
+        bundles = _bundles(prompts, owner, sizes, together)
     rows: list[list[list[int]]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for cost, unit in units:
+    for cost, bundle in bundles:
         slot = bisect_left(free, (cost, -1))
         if slot < len(free):
             left, row = free.pop(slot)
         else:
             left, row = max(token_budget, cost), len(rows)
             rows.append([])
-        rows[row].append(unit)
+        rows[row].extend(bundle)
         insort(free, (left - cost, row))
     return [_layout(prompts, completions, owner, sizes, row, keep_last) for row in rows]
 
@@ -148,6 +154,21 @@ def _units(
             units.append((cost, unit))
     units.sort(key=lambda u: (-u[0], u[1]))
     return units
+
+
+def _bundles(
+    prompts: Sequence[Sequence[int]], owner: list[int], sizes: list[int], together: Sequence[int]
+) -> list[tuple[int, list[list[int]]]]:
+    """(tokens, completions prompt by prompt) of everything that belongs together, the largest first."""
+    members: dict[int, dict[int, list[int]]] = {}
+    for i, bundle in enumerate(together):
+        members.setdefault(bundle, {}).setdefault(owner[i], []).append(i)
+    bundles = [
+        (sum(len(prompts[p]) + sum(sizes[i] for i in unit) for p, unit in by_prompt.items()), by_prompt)
+        for by_prompt in members.values()
+    ]
+    bundles.sort(key=lambda b: (-b[0], next(iter(b[1].values()))))
+    return [(cost, list(by_prompt.values())) for cost, by_prompt in bundles]
 
 
 def _layout(

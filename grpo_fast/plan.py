@@ -12,7 +12,6 @@ from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.miniature.world import OBJECTIVES
 from grpo_fast.models.memory import MemoryEstimate, count_parameters, memory_estimate
 from grpo_fast.models.policy import SavedPolicy
-from grpo_fast.models.pretrained import load_config
 from grpo_fast.rewards.functions import objective_weights
 from grpo_fast.task import Inputs, Task, load
 
@@ -23,25 +22,25 @@ def print_plan(config: TrainConfig, inputs: Inputs) -> None:
     """Print the plan; the memory comes first, from the configurations alone, then everything is loaded and checked."""
     run_path(config)  # refuses an existing folder before anything is printed
     device = resolve_device(config)
-    policy_config, reward_config = _model_configs(config)
+    policy_config, reward_configs = _model_configs(config, inputs)
     console = Console(soft_wrap=True)
-    estimate = _memory(config, policy_config, reward_config)
+    estimate = _memory(config, policy_config, reward_configs)
     console.print(_memory_table(estimate, device))
     task = load(config, inputs) if config.policy.model else None
     console.print(_plan_table(config, policy_config, task))
     console.print("Everything was checked; leave --dry-run out to start.")
 
 
-def _model_configs(config: TrainConfig) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
+def _model_configs(config: TrainConfig, inputs: Inputs) -> tuple[PreTrainedConfig, list[PreTrainedConfig]]:
+    rewards = [saved.config for saved in inputs.reward_models]
     if not config.policy.model:
         settings, tokenizer = config.miniature, build_tokenizer()
         small = tiny_config(settings, tokenizer)
-        return small, small
-    reward = load_config(config.reward.model, "reward model") if config.reward.model else None
-    return SavedPolicy.read(config.policy.model).config, reward
+        return small, rewards or [small]
+    return SavedPolicy.read(config.policy.model).config, rewards
 
 
-def _memory(config: TrainConfig, policy: PreTrainedConfig, reward: PreTrainedConfig | None) -> MemoryEstimate:
+def _memory(config: TrainConfig, policy: PreTrainedConfig, rewards: list[PreTrainedConfig]) -> MemoryEstimate:
     dtype = resolve_dtype(config, resolve_device(config))
     rows = min(config.rollout.max_rows, config.rollout.prompts_per_step * config.rollout.group_size)
     return memory_estimate(
@@ -54,7 +53,7 @@ def _memory(config: TrainConfig, policy: PreTrainedConfig, reward: PreTrainedCon
         needs_reference=loss_config(config).kl_coef != 0,
         rollout_rows=rows,
         rollout_tokens=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
-        reward_model=reward,
+        reward_models=rewards,
         reward_dtype=dtype,
         optimizer=config.optim.optimizer,
     )

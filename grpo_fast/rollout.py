@@ -11,10 +11,11 @@ import torch
 from grpo_kernels import group_advantages
 from torch import Tensor
 
-from grpo_fast.config.resolve import advantage_choice
+from grpo_fast.config.resolve import advantage_choice, overlaps
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Prompt
 from grpo_fast.engines.base import Completion, RolloutEngine
+from grpo_fast.scoring import Scored, Scoring
 from grpo_fast.task import Task
 
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -28,8 +29,13 @@ class Rollout:
     prompt_of: list[int]  # (S) index into prompts
     completions: list[Completion]  # (S)
     texts: list[str]  # (S)
-    rewards: Tensor  # (S, R) float32
+    scored: Scored
     advantages: Tensor  # (S,) float32
+
+    @property
+    def rewards(self) -> Tensor:
+        """(S, R) float32, as the reward sources gave them."""
+        return self.scored.rewards
 
     @property
     def prompt_ids(self) -> list[list[int]]:
@@ -38,22 +44,40 @@ class Rollout:
 
 
 def collect(
-    prompts: list[Prompt], task: Task, engine: RolloutEngine, config: TrainConfig, *, seed: int, timer: Timer
+    prompts: list[Prompt],
+    task: Task,
+    engine: RolloutEngine,
+    config: TrainConfig,
+    *,
+    weights: Tensor,
+    seed: int,
+    timer: Timer,
 ) -> Rollout:
-    """Sample a group of completions for each prompt, score them and compare them within their group."""
+    """Sample a group of completions for each prompt, score them and compare them within their group.
+
+    `weights` (R,): the objectives' weights in this step. Groups are handed to the scorer as they are finished.
+    """
     group_size = config.rollout.group_size
-    with timer("generate"):
-        token_ids = [prompt.token_ids for prompt in prompts]
-        completions = engine.generate(token_ids, group_size, task.sampling, seed)
-        texts = [task.decode(completion.token_ids) for completion in completions]
+    texts = [""] * (len(prompts) * group_size)
+    with Scoring(task.scorer, overlap=overlaps(config, task.policy.device)) as scoring:
+
+        def finished(prompt: int, group: list[Completion]) -> None:
+            places = range(prompt * group_size, (prompt + 1) * group_size)
+            decoded = [task.decode(completion.token_ids) for completion in group]
+            texts[places.start : places.stop] = decoded
+            scoring.put(places, [prompts[prompt]] * group_size, decoded)
+
+        with timer("generate"):
+            token_ids = [prompt.token_ids for prompt in prompts]
+            completions = engine.generate(token_ids, group_size, task.sampling, seed, on_group=finished)
+        with timer("reward"):
+            scored = scoring.result()
     prompt_of = [index for index in range(len(prompts)) for _ in range(group_size)]
-    with timer("reward"):
-        rewards = task.scorer([prompts[i] for i in prompt_of], texts)
     mode, scale = advantage_choice(config)
     advantages = group_advantages(
-        rewards,
+        task.scorer.used(scored),
         group_size=group_size,
-        weights=task.scorer.weights,
+        weights=weights,
         mode=mode,
         scale=scale,
         std_floor=config.advantage.std_floor,
@@ -63,7 +87,7 @@ def collect(
         prompt_of=prompt_of,
         completions=completions,
         texts=texts,
-        rewards=rewards,
+        scored=scored,
         advantages=advantages,
     )
 
@@ -81,6 +105,14 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str], group_size: int) -> 
         groups = values.view(-1, group_size)
         spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
         metrics[f"group_std/{name}"] = spread.nanmean().item()
+        unsure = rollout.scored.spread[:, column]
+        if not unsure.isnan().all():
+            metrics[f"spread/{name}"] = unsure.nanmean().item()
+    if rollout.scored.outside is not None and rollout.scored.distance is not None:
+        metrics["outside_frac"] = rollout.scored.outside.float().mean().item()
+        metrics["distance"] = rollout.scored.distance.mean().item()
+    if rollout.scored.truncated:
+        metrics["truncated_prompts"] = float(rollout.scored.truncated)
     lengths = torch.tensor(
         [len(completion.token_ids) for completion in rollout.completions], dtype=torch.float32
     )

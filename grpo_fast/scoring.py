@@ -1,28 +1,55 @@
-"""Every objective's reward of every completion: the reward model's heads and the user's Python functions.
+"""Every objective's reward of every completion: reward models, a judge on a server, the user's Python functions.
 
-Letters: S sequences, R objectives.
+Letters: S sequences, R objectives, G completions a prompt.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from grpo_fast.config.settings import RewardSettings
 from grpo_fast.data.prompts import Prompt
-from grpo_fast.models.reward_model import RewardModel
+from grpo_fast.errors import UserError
+from grpo_fast.models.reward_model import Prediction
+from grpo_fast.models.reward_set import RewardSet
 from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights, with_messages
+
+if TYPE_CHECKING:
+    from grpo_fast.rewards.http_judge import HttpJudge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Rewards of S completions on R objectives, on the CPU."""
+
+    rewards: Tensor
+    """(S, R) float32, NaN where missing"""
+    spread: Tensor
+    """(S, R) float32: how unsure a reward model is, in the reward's unit; NaN where nothing says"""
+    distance: Tensor | None = None
+    """(S,) float32: how far from the reward model's training replies, in units of a typical held-out reply's distance;
+    None where that was not measured"""
+    outside: Tensor | None = None
+    """(S,) bool: whether 95% of held-out replies are nearer"""
+    truncated: int = 0
+    """Completions whose prompt lost its beginning to a reward model's length limit"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores completions on every objective: the reward model's heads first, then the functions' values."""
+    """Scores completions on every objective: reward models' heads, then the judge's rubrics, then functions."""
 
     names: list[str]  # R objectives, the reward matrix's columns
     weights: Tensor  # (R,) float32, signed: negative where lower is better
-    reward_model: RewardModel | None
+    settings: RewardSettings
+    models: RewardSet | None
+    judge: HttpJudge | None
     functions: RewardFunctions | None
     token_budget: int
 
@@ -30,40 +57,145 @@ class Scorer:
     def create(
         cls,
         settings: RewardSettings,
-        reward_model: RewardModel | None,
+        models: RewardSet | None,
         functions: RewardFunctions | None,
+        judge: HttpJudge | None = None,
         *,
         token_budget: int = 16384,
-    ) -> "Scorer":
-        """Join the two sources; `functions` have been probed, so their values have names.
+    ) -> Scorer:
+        """Join the sources; `functions` have been probed, so their values have names.
 
-        UserError where names clash or a weight names no objective.
+        UserError where names clash, a setting names no objective, or a lower bound is asked of a head without spread.
         """
-        heads = reward_model.head_names if reward_model else []
-        names = combine_names(heads, (functions.names or []) if functions else [])
+        heads = models.names if models else []
+        names = combine_names(
+            heads, judge.names if judge else [], (functions.names or []) if functions else []
+        )
+        for name in settings.lower_bounds:
+            if name in names and (models is None or name not in models.with_spread):
+                raise UserError(
+                    f"reward.lower_bounds names {name}, which has no spread: give a reward model that was trained with "
+                    "--backbone.members 2 or more, or several checkpoints with the same heads"
+                )
         return cls(
             names=names,
             weights=objective_weights(names, settings),
-            reward_model=reward_model,
+            settings=settings,
+            models=models,
+            judge=judge,
             functions=functions,
             token_budget=token_budget,
         )
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Rewards (S, R) float32 of completion i for prompt i, NaN where missing.
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scored:
+        """Score completion i as the answer to prompt i."""
+        with Scoring(self) as scoring:
+            scoring.put(list(range(len(prompts))), prompts, completions)
+            return scoring.result()
 
-        The Python functions run while the reward model scores.
-        """
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            running = None
-            if self.functions:
-                texts = [prompt.plain for prompt in prompts]
-                columns = [with_messages(prompt.columns, prompt.messages) for prompt in prompts]
-                running = pool.submit(self.functions, texts, list(completions), columns)
-            parts = []
-            if self.reward_model:
-                asked = [prompt.messages or prompt.text for prompt in prompts]
-                parts.append(self.reward_model.scores(asked, completions, token_budget=self.token_budget))
-            if running:
-                parts.append(running.result())
-        return torch.cat(parts, dim=1)
+    def used(self, scored: Scored) -> Tensor:
+        """(S, R): the rewards that are compared, where a lower bound or a threshold takes the score's place."""
+        rewards = scored.rewards.clone()
+        for name, k in self.settings.lower_bounds.items():
+            column = self.names.index(name)
+            # Unsure is worse, whichever direction is better.
+            sign = -1.0 if self.settings.directions.get(name) == "min" else 1.0
+            rewards[:, column] -= sign * k * scored.spread[:, column]
+        for name, threshold in self.settings.thresholds.items():
+            column = self.names.index(name)
+            passed = (rewards[:, column] >= threshold).float()
+            rewards[:, column] = torch.where(rewards[:, column].isnan(), torch.nan, passed)
+        return rewards
+
+
+class Scoring:
+    """The scoring of one batch, which can begin while completions are still generated; a context manager.
+
+    What is put in waits until it fills the reward models' token budget, so which completions are read together
+    depends on the order of `put` alone, and never on how fast anything is. With `overlap` the models run in a thread
+    of their own, on a CUDA stream of their own; a judge's requests leave at once either way. Python functions see the
+    whole batch, at the end.
+    """
+
+    def __init__(self, scorer: Scorer, *, overlap: bool = False) -> None:
+        self._scorer = scorer
+        self._pool = ThreadPoolExecutor(max_workers=2)
+        self._overlap = overlap
+        self._rows: list[tuple[int, Prompt, str]] = []
+        self._waiting: list[tuple[int, Prompt, str]] = []
+        self._waiting_size = 0
+        self._parts: list[tuple[list[int], Future[Prediction] | list[tuple[int, Prompt, str]]]] = []
+        self._judged: dict[int, list[Future[float]]] = {}
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def put(self, places: Sequence[int], prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
+        """Completions of whole groups and their places in the batch."""
+        rows = list(zip(places, prompts, completions, strict=True))
+        self._rows += rows
+        if self._scorer.judge:
+            for place, prompt, completion in rows:
+                asked = prompt.messages or prompt.text
+                self._judged[place] = self._scorer.judge.submit(asked, completion)
+        if self._scorer.models:
+            self._waiting += rows
+            # A group's prompt is read once; four characters a token is near enough to fill a budget.
+            texts = {prompt.text for prompt in prompts}
+            self._waiting_size += sum(map(len, texts)) + sum(map(len, completions))
+            if self._waiting_size >= 4 * self._scorer.token_budget:
+                self._send()
+
+    def _send(self) -> None:
+        if self._waiting:
+            rows, self._waiting, self._waiting_size = self._waiting, [], 0
+            work = self._pool.submit(self._predict, rows) if self._overlap else rows
+            self._parts.append(([place for place, _, _ in rows], work))
+
+    def _predict(self, rows: list[tuple[int, Prompt, str]]) -> Prediction:
+        models = self._scorer.models
+        assert models is not None
+        device = models.ensembles[0][0].device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" and self._overlap else None
+        with torch.cuda.stream(stream):
+            asked = [prompt.messages or prompt.text for _, prompt, _ in rows]
+            return models.predict(asked, [text for _, _, text in rows], self._scorer.token_budget)
+
+    def result(self) -> Scored:
+        """Everything that was put in, in the order of its places."""
+        scorer, rows = self._scorer, sorted(self._rows, key=lambda row: row[0])
+        running = None
+        if scorer.functions:
+            prompts = [prompt for _, prompt, _ in rows]
+            columns = [with_messages(prompt.columns, prompt.messages) for prompt in prompts]
+            texts = [prompt.plain for prompt in prompts]
+            running = self._pool.submit(scorer.functions, texts, [text for _, _, text in rows], columns)
+        size, heads = len(rows), len(scorer.models.names) if scorer.models else 0
+        scores, spread = torch.empty(size, heads), torch.empty(size, heads)
+        distance, outside, truncated = torch.zeros(size), torch.zeros(size, dtype=torch.bool), 0
+        measured = False
+        self._send()
+        for places, work in self._parts:
+            part = work.result() if isinstance(work, Future) else self._predict(work)
+            assert part.spread is not None
+            scores[places], spread[places] = part.scores, part.spread
+            truncated += part.truncated
+            if part.outside is not None and part.distance is not None:
+                distance[places], outside[places], measured = part.distance, part.outside, True
+        columns_of = [scores]
+        if scorer.judge:
+            columns_of.append(scorer.judge.collect([self._judged[place] for place, _, _ in rows]))
+        if running:
+            columns_of.append(running.result())
+        rewards = torch.cat(columns_of, dim=1)
+        nothing = torch.full((size, rewards.shape[1] - heads), torch.nan)
+        return Scored(
+            rewards=rewards,
+            spread=torch.cat([spread, nothing], dim=1),
+            distance=distance if measured else None,
+            outside=outside if measured else None,
+            truncated=truncated,
+        )

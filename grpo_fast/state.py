@@ -1,19 +1,20 @@
 """What a run needs to go on where it stopped: weights, optimizer and step, and the evaluation before training.
 
-Prompt order and sampling depend on the seed and the step alone, so there is nothing else to save.
+Prompt order and sampling depend on the seed and the step alone; what else a loop carries from step to step (the
+multipliers of rewards with a floor) goes into `carried`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import nn
 
-from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 from grpo_fast.evaluate import Evaluation
-from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
 from grpo_fast.run import checkpoint
 from grpo_fast.run.live import Run
@@ -22,34 +23,63 @@ from grpo_fast.run.metrics import RunLogger, read_summary, write_atomically
 EVALUATION_FILE = "evaluation_before.json"
 
 
-def save(run_dir: Path, step: int, policy: Policy, optimizer: Optimizer, *, keep: int) -> None:
-    """Write the checkpoint of `step` finished steps; with LoRA it holds the adapter alone."""
-    trained = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
+class Saving(Protocol):
+    """How often a run is saved, and how much of it is kept."""
+
+    @property
+    def save_every(self) -> int: ...
+    @property
+    def keep_checkpoints(self) -> int: ...
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done `every` steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    keep: int,
+    carried: Mapping[str, float] | None = None,
+) -> None:
+    """Write the checkpoint of `step` finished steps; of `model` it holds what is trained (with LoRA the adapter)."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = optimizer.state_dict()
     moments, plain = checkpoint.flatten_optimizer(state["inner"])
     checkpoint.save(
         run_dir,
         step,
         {"model": trained, "optimizer": moments, "masters": state["masters"]},
-        {"step": step, "optimizer": plain, "skipped_steps": state["skipped_steps"]},
+        {
+            "step": step,
+            "optimizer": plain,
+            "skipped_steps": state["skipped_steps"],
+            "carried": dict(carried or {}),
+        },
         keep=keep,
     )
 
 
 @torch.no_grad()
-def restore(run_dir: Path, policy: Policy, optimizer: Optimizer) -> int:
+def restore(
+    run_dir: Path, model: nn.Module, optimizer: Optimizer, carried: dict[str, float] | None = None
+) -> int:
     """Load the newest checkpoint, if there is one, and return the number of finished steps."""
     path = checkpoint.latest(run_dir)
     if path is None:
         return 0
-    groups, state = checkpoint.load(path, policy.device)
-    own = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    groups, state = checkpoint.load(path, next(model.parameters()).device)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in own.items():
         saved = groups["model"].get(name)
         if saved is None or saved.shape != parameter.shape:
             found = "is missing" if saved is None else f"has shape {tuple(saved.shape)}"
             raise UserError(
-                f"checkpoint {path}: weight {name} {found}, the policy has {tuple(parameter.shape)}"
+                f"checkpoint {path}: weight {name} {found}, the model has {tuple(parameter.shape)}"
             )
         parameter.copy_(saved)
     optimizer.load_state_dict(
@@ -59,21 +89,31 @@ def restore(run_dir: Path, policy: Policy, optimizer: Optimizer) -> int:
             "skipped_steps": state["skipped_steps"],
         }
     )
+    if carried is not None:
+        carried.update(state["carried"])
     return int(state["step"])
 
 
 class Steps:
     """The steps of a run, each logged and saved when it is due; a context manager, iterated once.
 
-    A UserError on the way (a reward function that fails, a full disk) costs no step that the policy has taken.
+    A UserError on the way (a reward function that fails, a full disk) costs no step that the model has taken.
     """
 
     def __init__(
-        self, run: Run, config: TrainConfig, policy: Policy, optimizer: Optimizer, first: int
+        self,
+        run: Run,
+        settings: Saving,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        steps: int,
+        first: int,
+        carried: Mapping[str, float] | None = None,
     ) -> None:
-        """`first`: steps that an earlier process has taken."""
-        self._run, self._settings = run, config.run
-        self._policy, self._optimizer = policy, optimizer
+        """`steps` in all, `first` of which an earlier process has taken."""
+        self._run, self._settings, self._steps = run, settings, steps
+        self._model, self._optimizer, self._carried = model, optimizer, carried
         self.done = self._logged = self._saved = first
         self._refused = False  # whether the disk did not take the last checkpoint
         self._metrics: dict[str, float] = {}
@@ -82,11 +122,11 @@ class Steps:
         return self
 
     def __iter__(self) -> Iterator[int]:
-        while self.done < self._settings.steps:
+        while self.done < self._steps:
             yield self.done
 
     def taken(self, metrics: dict[str, float]) -> int:
-        """The policy has taken another step; returns their number. `metrics` may still grow until `finish`."""
+        """The model has taken another step; returns their number. `metrics` may still grow until `finish`."""
         self.done += 1
         self._metrics = metrics
         return self.done
@@ -94,12 +134,8 @@ class Steps:
     def finish(self) -> None:
         """Log the step, and save it when that is due, at the end, and where the run is to stop."""
         self._log()
-        every = self._settings.save_every
-        if (
-            self.done == self._settings.steps
-            or self._run.stop_requested
-            or (every and self.done % every == 0)
-        ):
+        last = self.done == self._steps or self._run.stop_requested
+        if last or is_due(self.done, self._settings.save_every):
             self._save()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -121,27 +157,43 @@ class Steps:
         self._refused = True
         with self._run.phase_timer("save"):
             save(
-                self._run.path, self.done, self._policy, self._optimizer, keep=self._settings.keep_checkpoints
+                self._run.path,
+                self.done,
+                self._model,
+                self._optimizer,
+                keep=self._settings.keep_checkpoints,
+                carried=self._carried,
             )
         self._refused, self._saved = False, self.done
 
 
 def resumed_logger(
-    run_dir: Path, *, steps: int, config_toml: str | None = None, wandb_project: str | None = None
+    run_dir: Path,
+    *,
+    phase: str,
+    longer: str,
+    steps: int | None = None,
+    config_toml: str | None = None,
+    wandb_project: str | None = None,
 ) -> RunLogger:
-    """Reopen a run's folder at the point its files allow to go on from; UserError when its `steps` are done."""
+    """Reopen a run's folder at the point its files allow to go on from.
+
+    `phase` is what its checkpoints are of. UserError when it is finished with at least `steps` steps (None: with
+    however many); `longer` is the flag that makes it go on.
+    """
     path = checkpoint.latest(run_dir)
     if path is not None:
         if problem := checkpoint.verify(path):
             checkpoint.load(path)  # raises with the way out
             raise AssertionError(problem)
-        phase, step = "grpo", int(path.name.removeprefix("step-"))
-        if step >= steps and (read_summary(run_dir) or {}).get("status") == "finished":
+        step = int(path.name.removeprefix("step-"))
+        if step >= (steps or 0) and (read_summary(run_dir) or {}).get("status") == "finished":
             raise UserError(
-                f"run {run_dir} is finished, {step} steps of {steps}: give more with --run.steps to train it further"
+                f"run {run_dir} is finished, {step} steps of {steps or step}: give more with {longer} to train it "
+                "further"
             )
     elif (run_dir / EVALUATION_FILE).is_file():
-        phase, step = "grpo", 0
+        step = 0
     elif (run_dir / "reward_model" / "quality.json").is_file():
         phase, step = "reward_model", 10**9
     elif (run_dir / "start" / "config.json").is_file():

@@ -30,7 +30,7 @@ def write_results(
         "prompt_format": "chat" if task.prompts[0].messages else "plain",
         "tokens_per_s": generated / seconds if seconds else None,
         "peak_memory_gib": peak_memory_gib(),
-        "reward_model": task.reward_report,
+        "reward_model": (task.reward_report or {}).get("heads"),
         "environment": environment(task.policy.device),
     }
     if after:

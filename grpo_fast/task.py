@@ -1,19 +1,27 @@
 """What a run works on: the policy, the prompts, the rewards, and for the miniature a judge that knows the truth."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_fast.config.resolve import check_paths, loss_config, resolve_device, resolve_dtype
-from grpo_fast.config.settings import TrainConfig
+from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.engines.base import Sampling
 from grpo_fast.errors import UserError
-from grpo_fast.models.policy import LoraSettings, Policy, SavedPolicy
-from grpo_fast.models.reward_model import RewardModel
-from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights, reward_model_heads
+from grpo_fast.models.lora import LoraSettings
+from grpo_fast.models.policy import Policy, SavedPolicy
+from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
+from grpo_fast.models.reward_set import RewardSet, read_saved
+from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights
 from grpo_fast.scoring import Scorer
+
+if TYPE_CHECKING:
+    from grpo_fast.rewards.http_judge import HttpJudge
 
 Judge = Callable[[Prompt, str], dict[str, float]]
 """True scores of a completion by objective, and under `refusal` 0 or 1 on prompts where refusing is wrong."""
@@ -44,6 +52,8 @@ class Inputs:
     training: list[Row]
     heldout: list[Row]
     functions: RewardFunctions | None
+    reward_models: list[SavedRewardModel]
+    judge: HttpJudge | None
 
 
 def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Inputs:
@@ -62,9 +72,30 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
             config.reward.functions, timeout_s=config.reward.timeout_s, workers=config.reward.workers
         )
         functions.probe(training, system_prompt=config.data.system_prompt)
-    heads = reward_model_heads(config.reward.model) if config.reward.model else own_heads
-    objective_weights(combine_names(heads, (functions.names or []) if functions else []), config.reward)
-    return Inputs(training=training, heldout=heldout, functions=functions)
+    saved = read_saved(config.reward.model)
+    for model in saved:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and limit <= config.rollout.max_new_tokens:
+            raise UserError(
+                f"rollout.max_new_tokens = {config.rollout.max_new_tokens}, but reward model {model.path} reads "
+                f"{limit} tokens in all: lower it, or take another reward model"
+            )
+    judge = _judge(config)
+    heads = [head.name for model in saved for head in model.layout.heads] if saved else own_heads
+    rubrics = judge.names if judge else []
+    names = combine_names(list(dict.fromkeys(heads)), rubrics, (functions.names or []) if functions else [])
+    objective_weights(names, config.reward)
+    if judge:
+        judge.check()
+    return Inputs(training=training, heldout=heldout, functions=functions, reward_models=saved, judge=judge)
+
+
+def _judge(config: TrainConfig) -> HttpJudge | None:
+    if not config.judge.url:
+        return None
+    from grpo_fast.rewards.http_judge import HttpJudge  # its HTTP client is needed here alone
+
+    return HttpJudge(config.judge)
 
 
 def load(config: TrainConfig, inputs: Inputs) -> Task:
@@ -75,8 +106,6 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     saved = SavedPolicy.read(config.policy.model)
-    if config.reward.model:
-        RewardModel.inspect(config.reward.model)
     prompts, heldout = (
         tokenize(
             rows,
@@ -86,7 +115,7 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
         )
         for rows in (inputs.training, inputs.heldout)
     )
-    stop_token_ids = tokens_to_ids(saved.tokenizer, config.rollout.stop_tokens)
+    tokens_to_ids(saved.tokenizer, config.rollout.stop_tokens)  # before the weights are read
     _check_length(saved, [*prompts, *heldout], config.rollout.max_new_tokens)
     policy = Policy.load(
         saved,
@@ -97,15 +126,28 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
         liger=config.policy.liger,
     )
     policy.self_check()
-    reward_model = (
-        RewardModel.load(config.reward.model, device=device, dtype=dtype) if config.reward.model else None
-    )
     return Task(
         policy=policy,
-        scorer=Scorer.create(config.reward, reward_model, inputs.functions),
-        sampling=Sampling.of(config.rollout, [*policy.stop_token_ids, *stop_token_ids]),
+        scorer=scorer_of(
+            config, inputs, [RewardModel.load(m, device=device, dtype=dtype) for m in inputs.reward_models]
+        ),
+        sampling=sampling_of(config.rollout, policy),
         prompts=prompts,
         heldout=heldout,
+    )
+
+
+def scorer_of(config: TrainConfig, inputs: Inputs, models: Sequence[RewardModel]) -> Scorer:
+    """Every source of rewards of a run, joined."""
+    return Scorer.create(
+        config.reward, RewardSet.of(models) if models else None, inputs.functions, inputs.judge
+    )
+
+
+def sampling_of(rollout: RolloutSettings, policy: Policy) -> Sampling:
+    """How a policy is sampled: its own end tokens and `rollout.stop_tokens` end a completion."""
+    return Sampling.of(
+        rollout, [*policy.stop_token_ids, *tokens_to_ids(policy.tokenizer, rollout.stop_tokens)]
     )
 
 

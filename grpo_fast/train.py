@@ -14,6 +14,7 @@ from grpo_fast.config.command_line import parse
 from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
+from grpo_fast.constraint import Multipliers
 from grpo_fast.data.prompts import PromptSampler
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.evaluate import evaluate, means
@@ -27,9 +28,10 @@ from grpo_fast.run.allocator import keep_freed_memory
 from grpo_fast.run.command import run_command
 from grpo_fast.run.live import Run, Stopped
 from grpo_fast.run.metrics import RunLogger
-from grpo_fast.state import Steps, restore, resumed_logger, save_evaluation, saved_evaluation
+from grpo_fast.state import Steps, is_due, restore, resumed_logger, save_evaluation, saved_evaluation
 from grpo_fast.summary import sample_rows, write_results
 from grpo_fast.task import Inputs, check_inputs, load
+from grpo_fast.trust.watch import Watch
 
 
 def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
@@ -37,7 +39,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
 
     Returns the exit code: 0, or 130 when it was interrupted, with everything saved.
     """
-    task = load(config, inputs) if config.policy.model else prepare(config, inputs.functions, run)
+    task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
     engine = LocalEngine(policy.model, max_rows=config.rollout.max_rows)
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
@@ -54,7 +56,11 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     sampler = PromptSampler(len(task.prompts), config.rollout.prompts_per_step, config.seed)
     base_seed = config.seed << 32
 
-    first = restore(run.path, policy, optimizer)
+    multipliers = Multipliers(
+        task.scorer.names, task.scorer.weights, config.reward.floors, lr=config.reward.floor_lr
+    )
+    first = restore(run.path, policy.model, optimizer, multipliers.state)
+    watch = Watch([row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first])
     run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)
     run.check_stop()
     before = saved_evaluation(run.path)
@@ -64,12 +70,28 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         run.logger.samples(sample_rows("before", 0, task, before, config.run.samples))
         save_evaluation(run.path, before)
 
-    with Steps(run, config, policy, optimizer, first) as steps:
+    with Steps(
+        run,
+        config.run,
+        policy.model,
+        optimizer,
+        steps=config.run.steps,
+        first=first,
+        carried=multipliers.state,
+    ) as steps:
         for step in steps:
             started = time.perf_counter()
             prompts = [task.prompts[index] for index in sampler.indices(step)]
             # a group of completions for each prompt, their rewards, and each one's advantage over its group
-            rollout = collect(prompts, task, engine, config, seed=base_seed + step + 1, timer=run.phase_timer)
+            rollout = collect(
+                prompts,
+                task,
+                engine,
+                config,
+                weights=multipliers.weights(),
+                seed=base_seed + step + 1,
+                timer=run.phase_timer,
+            )
             lr = learning_rate(
                 step,
                 lr=config.optim.lr,
@@ -82,6 +104,10 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                 metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
                 engine.push(policy.model.named_parameters(), step + 1)
             metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
+            metrics |= multipliers.update(rollout.rewards)
+            for name, sign in watch.step(metrics).items():
+                metrics[f"warning/{name}"] = 1.0
+                run.progress.message(f"warning, step {step + 1}: {sign}")
             metrics["tokens_per_s"] = metrics["generated_tokens"] / (time.perf_counter() - started)
             done = steps.taken(metrics)
             if is_due(done, config.run.eval_every) and done < config.run.steps:
@@ -105,11 +131,6 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     return 0
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether something done `every` steps (0: never) is due after `step`."""
-    return every > 0 and step % every == 0
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exit code 0 when done, 2 after bad input, 130 when interrupted."""
     run_command(lambda: _command(argv))
@@ -123,14 +144,19 @@ def _command(argv: list[str] | None) -> int:
     transformers.utils.logging.set_verbosity_error()
     if config.threads:
         torch.set_num_threads(config.threads)
-    inputs = check_inputs(config, own_heads=() if config.policy.model else OBJECTIVES)
+    inputs = check_inputs(config, own_heads=() if config.policy.model or config.reward.model else OBJECTIVES)
     if asked.dry_run:
         print_plan(config, inputs)
         return 0
     wandb = "grpo_fast" if config.run.wandb else None
     if asked.resume:
         logger = resumed_logger(
-            asked.resume, steps=config.run.steps, config_toml=to_toml(config), wandb_project=wandb
+            asked.resume,
+            phase="grpo",
+            longer="--run.steps",
+            steps=config.run.steps,
+            config_toml=to_toml(config),
+            wandb_project=wandb,
         )
     else:
         logger = RunLogger.create(run_path(config), config_toml=to_toml(config), wandb_project=wandb)

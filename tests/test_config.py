@@ -17,9 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo_fast.config import check as config_check
+from grpo_fast.config import check_reward, reward_settings
 from grpo_fast.config import settings as config_module
-from grpo_fast.config.command_line import parse
+from grpo_fast.config.command_line import TRAIN_REWARD, parse
 from grpo_fast.config.resolve import advantage_choice, loss_config
+from grpo_fast.config.reward_settings import RewardConfig
 from grpo_fast.config.rules import FieldError, flatten
 from grpo_fast.config.settings import (
     LossSettings,
@@ -32,7 +34,8 @@ from grpo_fast.config.settings import (
 from grpo_fast.config.toml import to_toml
 from grpo_fast.errors import UserError
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(path for path in CONFIGS.glob("*.toml") if path.stem != "reward-model")
 PRESETS = get_args(config_module.Preset)
 
 
@@ -162,7 +165,7 @@ def test_a_given_model_changes_the_defaults_that_would_harm_it():
         (["--optim.minibatches", "99"], "optim.minibatches must be <= rollout.prompts_per_step"),
         (["--miniature.heads", "3"], "miniature.hidden must be a multiple of 2 * miniature.heads"),
         (["--policy.model", "m", "--reward.model", "r"], "data.prompts must be given with policy.model"),
-        (["--policy.model", "m", "--data.prompts", "p"], "reward needs reward.model or reward.functions"),
+        (["--policy.model", "m", "--data.prompts", "p"], "reward needs reward.model, reward.functions or judge.url"),
         (["--data.prompts", "p"], "data.prompts needs policy.model: the miniature cannot read"),
     ],
 )  # fmt: skip
@@ -226,19 +229,23 @@ def test_python_users_get_the_same_checks():
         TrainConfig(policy=PolicySettings(model="m"), run=RunSettings(steps=1))
 
 
-def test_every_range_names_a_field_and_every_number_has_one():
-    values = flatten(TrainConfig())
-    assert config_check._RANGES.keys() <= values.keys()
+@pytest.mark.parametrize(
+    ("config", "ranges"), [(TrainConfig(), config_check._RANGES), (RewardConfig(), check_reward._RANGES)]
+)
+def test_every_range_names_a_field_and_every_number_has_one(config, ranges):
+    values = flatten(config)
+    assert ranges.keys() <= values.keys()
     numbers = {
         name
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    assert numbers <= config_check._RANGES.keys()
+    assert numbers <= ranges.keys()
 
 
-def test_every_field_has_its_line_of_help():
-    tree = ast.parse(inspect.getsource(config_module))
+@pytest.mark.parametrize("module", [config_module, reward_settings])
+def test_every_field_has_its_line_of_help(module):
+    tree = ast.parse(inspect.getsource(module))
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             body = [item for item in node.body if not isinstance(item, ast.FunctionDef)][1:]
@@ -247,11 +254,12 @@ def test_every_field_has_its_line_of_help():
                 assert isinstance(text, ast.Expr) and "\n" not in ast.literal_eval(text.value)
 
 
-def test_help_shows_every_flag():
-    code = "from grpo_fast.config.command_line import parse; parse(['--help'])"
+@pytest.mark.parametrize(("command", "config"), [("TRAIN", TrainConfig()), ("TRAIN_REWARD", RewardConfig())])
+def test_help_shows_every_flag(command: str, config):
+    code = f"from grpo_fast.config.command_line import {command}, parse; parse(['--help'], {command})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    for name in [*flatten(TrainConfig()), "config", "dry_run", "resume"]:
+    for name in [*flatten(config), "config", "dry_run", "resume"]:
         assert f"--{name.replace('_', '-')}" in done.stdout
     assert "Peak learning rate" in done.stdout
 
@@ -271,6 +279,12 @@ def test_recipes_are_valid(path: Path):
 
 def test_there_are_recipes():
     assert len(RECIPES) == 5
+
+
+def test_the_reward_model_recipe_is_valid():
+    config = parse(["--config", str(CONFIGS / "reward-model.toml")], TRAIN_REWARD).config
+    assert len(config.data.ratings) == 2 and config.data.rename == {"is_safe": "safety"}
+    assert config.backbone.members > 1 and config.device == "cuda"
 
 
 # ---- the way back ----

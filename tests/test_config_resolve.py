@@ -107,9 +107,9 @@ def test_model_folders_are_looked_at_before_loading(tmp_path: Path):
     with pytest.raises(FieldError, match=r"policy.model is the folder .*, which has no config.json"):
         check_paths(config(str(tmp_path)))
     with pytest.raises(
-        FieldError, match=r"reward.model must be the folder of a model, org/name does not exist"
+        FieldError, match=r"reward.model must be the folder of a model, ./org/name does not exist"
     ):
-        check_paths(config(reward="org/name"))
+        check_paths(config(reward="./org/name"))
     (tmp_path / "config.json").write_text("{}")
     check_paths(config(str(tmp_path), str(tmp_path)))
     with pytest.raises(FieldError, match="got the file"):

@@ -12,7 +12,7 @@ from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.generate import Speaker, main
 from grpo_fast.models.policy import LoraSettings, Policy
-from grpo_fast.models.reward_data import Head
+from grpo_fast.models.reward_data import Head, Layout
 from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.run.command import run_command
 from tests.tiny import causal_lm, save_policy
@@ -35,9 +35,8 @@ def run(tmp_path_factory) -> Path:
     policy = Policy.load(run / "model")
     config = causal_lm("qwen2", len(policy.tokenizer)).config
     config.pad_token_id = policy.tokenizer.pad_token_id
-    RewardModel.from_config(config, policy.tokenizer, [Head(name="safety"), Head(name="tone")]).save(
-        run / "reward_model"
-    )
+    layout = Layout(heads=(Head(name="safety"), Head(name="tone")))
+    RewardModel.from_config(config, policy.tokenizer, layout).save(run / "reward_model")
     (run / "config.toml").write_text(to_toml(TrainConfig(rollout=ROLLOUT)))
     return run
 

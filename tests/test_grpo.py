@@ -16,6 +16,7 @@ from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.models.policy import LoraSettings, Policy
 from grpo_fast.optim import Optimizer
 from grpo_fast.rollout import Rollout
+from grpo_fast.scoring import Scored
 from tests.tiny import causal_lm
 
 GROUP = 4
@@ -50,7 +51,7 @@ def rollout(prompts: int = 3, *, flat: int | None = None, seed: int = 1) -> Roll
         prompt_of=prompt_of,
         completions=completions,
         texts=[""] * len(completions),
-        rewards=torch.zeros(len(completions), 1),
+        scored=Scored(rewards=torch.zeros(len(completions), 1), spread=torch.zeros(len(completions), 1)),
         advantages=advantages,
     )
 

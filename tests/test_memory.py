@@ -73,8 +73,12 @@ def test_seven_billion_parameters():
     assert full.parameters == full.reference == 2 * 7_615_616_512
     assert full.optimizer == 12 * 7_615_616_512
     assert full.kv_cache == 64 * 1024 * 2 * 28 * 4 * 128 * 2
-    lora = memory_estimate(SEVEN_B, lora_rank=16, needs_reference=True, reward_model=SEVEN_B, **options)
+    lora = memory_estimate(SEVEN_B, lora_rank=16, needs_reference=True, reward_models=[SEVEN_B], **options)
     assert lora.reference == 0 and lora.optimizer < 1e9 < lora.parameters
     assert lora.reward_model > 4 * (7.6e9 - 2 * 152_064 * 3584)
+    two = memory_estimate(SEVEN_B, lora_rank=16, reward_models=[SEVEN_B, SEVEN_B], **options)
+    assert two.reward_model == 2 * lora.reward_model
+    half = memory_estimate(SEVEN_B, reward_models=[SEVEN_B], reward_dtype=torch.bfloat16, **options)
+    assert 2 * half.reward_model == lora.reward_model
     assert full.total > 120 * 2**30 > 60 * 2**30 > lora.total - lora.reward_model > lora.parameters
     assert lora.as_dict()["total"] == lora.total

@@ -126,3 +126,45 @@ def test_moving_keeps_everything() -> None:
     (batch,) = pack([[1, 2]], [[3, 4], [5]], prompt_of=[0, 0], token_budget=20)
     moved = batch.to("cpu")
     assert moved.plan.q_lens == batch.plan.q_lens and torch.equal(moved.targets, batch.targets)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.data())
+def test_what_belongs_together_lands_in_one_row(problem, data) -> None:
+    prompts, completions, owner, options = problem
+    options = {**options, "share_prefix": True}
+    bundle = data.draw(st.lists(st.integers(0, 5), min_size=len(completions), max_size=len(completions)))
+    batches = pack(prompts, completions, prompt_of=owner, together=bundle, **options)
+    rows = [batch.sequence_index.tolist() for batch in batches]
+    assert sorted(i for row in rows for i in row) == list(range(len(completions)))
+    for batch, row in zip(batches, rows, strict=True):
+        inside = {bundle[i] for i in row}
+        assert all(i in row for i in range(len(completions)) if bundle[i] in inside)
+        assert batch.plan.length <= options["token_budget"] or len(inside) == 1
+        ids = batch.input_ids[0].tolist()
+        for s, i in enumerate(row):  # each still sees its own prompt and what was said before, nothing else
+            part = slice(int(batch.cu_seqlens[s]), int(batch.cu_seqlens[s + 1]))
+            assert batch.targets[part].tolist() == completions[i]
+            for t, position in enumerate(batch.hidden_index[part].tolist()):
+                assert [ids[p] for p in visible(batch, position)] == prompts[owner[i]] + completions[i][:t]
+    again = pack(prompts, completions, prompt_of=owner, together=bundle, **options)
+    assert rows == [batch.sequence_index.tolist() for batch in again]
+
+
+def test_bundles_hold_each_prompt_once_and_fill_rows() -> None:
+    prompts, completions = [[1, 2, 3], [4, 5]], [[6], [7, 8], [9], [10]]
+    (first, second) = pack(
+        prompts, completions, prompt_of=[0, 0, 1, 1], together=[7, 7, 3, 3], token_budget=6, keep_last=True
+    )
+    assert first.input_ids.tolist() == [[1, 2, 3, 6, 7, 8]] and second.input_ids.tolist() == [[4, 5, 9, 10]]
+    (whole,) = pack(
+        prompts, completions, prompt_of=[0, 0, 1, 1], together=[7, 7, 3, 3], token_budget=10, keep_last=True
+    )
+    assert whole.input_ids.tolist() == [[1, 2, 3, 6, 7, 8, 4, 5, 9, 10]]
+    apart = pack(prompts, completions, prompt_of=[0, 0, 1, 1], token_budget=4, keep_last=True)
+    kept = pack(
+        prompts, completions, prompt_of=[0, 0, 1, 1], together=[7, 7, 3, 3], token_budget=4, keep_last=True
+    )
+    assert len(apart) == 3 and [batch.plan.length for batch in kept] == [6, 4]
+    (across,) = pack(prompts, completions, prompt_of=[0, 0, 1, 1], together=[0, 1, 0, 1], token_budget=99)
+    assert across.sequence_index.tolist() == [1, 3, 0, 2]  # two prompts in each bundle, the longer one first

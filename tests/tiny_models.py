@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,6 +17,9 @@ from transformers import (
     Qwen2Tokenizer,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from grpo_fast.models.reward_data import Head, Layout
+from grpo_fast.models.reward_model import RewardModel
 
 PAD, END = "<|pad|>", "<|end|>"
 VOCAB = 264  # 256 bytes, two special tokens, and a few rows no token uses, as real models have
@@ -42,10 +46,11 @@ def byte_tokenizer(*, pad: str = PAD, end: str = END) -> PreTrainedTokenizerBase
 
 
 def config_of(family: str, **overrides: Any) -> PreTrainedConfig:
-    """qwen2 (tied head), llama (untied) or gemma2 (tied, both softcaps, a sliding window of 8)."""
+    """qwen2 (tied head), llama (untied), mistral and gemma2 (tied, both softcaps), these two with a window of 8."""
     own: dict[str, Any] = {
         "qwen2": {"tie_word_embeddings": True},
         "llama": {"tie_word_embeddings": False},
+        "mistral": {"tie_word_embeddings": False, "sliding_window": 8},
         "gemma2": {
             "head_dim": 8,
             "sliding_window": 8,
@@ -54,8 +59,8 @@ def config_of(family: str, **overrides: Any) -> PreTrainedConfig:
             "query_pre_attn_scalar": 8,
         },
     }[family]
-    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig, "gemma2": Gemma2Config}[family]
-    return kind(**(own | SIZES | overrides))
+    kinds = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig, "gemma2": Gemma2Config}
+    return kinds[family](**(own | SIZES | overrides))
 
 
 def causal_model(family: str = "qwen2", *, seed: int = 0, **overrides) -> PreTrainedModel:
@@ -63,3 +68,17 @@ def causal_model(family: str = "qwen2", *, seed: int = 0, **overrides) -> PreTra
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config_of(family, **overrides))
+
+
+def reward_model(
+    heads: list[Head] | Layout,
+    family: str = "qwen2",
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **overrides,
+) -> RewardModel:
+    """A reward model with random float32 weights and these heads."""
+    layout = heads if isinstance(heads, Layout) else Layout(heads=tuple(heads))
+    config = config_of(family, **overrides)
+    return RewardModel.from_config(config, tokenizer or byte_tokenizer(), layout, seed=seed)

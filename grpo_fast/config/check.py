@@ -26,8 +26,13 @@ _RANGES: dict[str, Rule] = {
     "policy.lora_alpha": above(0),
     "data.max_prompt_tokens": at_least(1),
     "data.eval_size": at_least(1),
+    "reward.floor_lr": above(0),
     "reward.timeout_s": above(0),
     "reward.workers": at_least(1),
+    "judge.timeout_s": above(0),
+    "judge.retries": at_least(0),
+    "judge.concurrency": at_least(1),
+    "judge.max_tokens": at_least(1),
     "rollout.prompts_per_step": at_least(1),
     "rollout.group_size": at_least(2),
     "rollout.max_new_tokens": at_least(1),
@@ -105,8 +110,30 @@ def _check_rewards(config: TrainConfig) -> None:
             raise FieldError("reward.functions", f"must be module:function, got {function!r}")
         if function in reward.functions[:index]:
             raise FieldError("reward.functions", f"names {function} twice")
-    if config.policy.model and not (reward.model or reward.functions):
-        raise FieldError("reward", "needs reward.model or reward.functions when policy.model is given")
+    for index, model in enumerate(reward.model):
+        if not model or model in reward.model[:index]:
+            raise FieldError(
+                "reward.model", f"names {model} twice" if model else "must not hold an empty text"
+            )
+    for name, k in reward.lower_bounds.items():
+        if k <= 0:
+            raise FieldError(f"reward.lower_bounds.{name}", f"must be > 0, got {k}")
+        if name in reward.thresholds:
+            raise FieldError(
+                f"reward.thresholds.{name}", "cannot be given with a lower bound of the same name"
+            )
+    judge = config.judge
+    for name, value in (("model", judge.model), ("rubrics", judge.rubrics)):
+        if judge.url and not value:
+            raise FieldError(f"judge.{name}", f"must be given with judge.url = {judge.url}")
+        if value and not judge.url:
+            raise FieldError("judge.url", f"must be given with judge.{name}")
+    if judge.scale[0] >= judge.scale[1]:
+        raise FieldError("judge.scale", f"must rise, got {judge.scale[0]:g} {judge.scale[1]:g}")
+    if config.policy.model and not (reward.model or reward.functions or judge.url):
+        raise FieldError(
+            "reward", "needs reward.model, reward.functions or judge.url when policy.model is given"
+        )
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -117,8 +144,6 @@ def _check_together(config: TrainConfig) -> None:
     for name, value in (("prompts", data.prompts), ("eval_prompts", data.eval_prompts)):
         if value and not policy.model:
             raise FieldError(f"data.{name}", f"needs policy.model: the miniature cannot read {value!r}")
-    if config.reward.model and not policy.model:
-        raise FieldError("reward.model", "needs policy.model: the miniature trains a reward model of its own")
     if data.system_prompt and not policy.model:
         raise FieldError("data.system_prompt", "needs policy.model: the miniature has no system prompts")
     truncated = {"top_k": rollout.top_k > 0, "top_p": rollout.top_p < 1, "min_p": rollout.min_p > 0}

@@ -33,11 +33,7 @@ _RANGES: dict[str, Rule] = {
     "miniature.hidden": at_least(8),
     "miniature.layers": at_least(1),
     "miniature.heads": at_least(1),
-    "miniature.demonstrations": at_least(1),
-    "miniature.warm_epochs": at_least(1),
-    "miniature.warm_lr": above(0),
     "miniature.labelled": at_least(1),
-    "miniature.batch_size": at_least(1),
 }
 
 
@@ -53,6 +49,9 @@ def check_reward(config: RewardConfig) -> None:
         raise FieldError("backbone.lora_targets", "must name at least one layer, or be all-linear")
     if not all((*data.ratings, *data.eval_ratings)):
         raise FieldError("data.ratings", "must not hold an empty text")
+    for name in ("lora_rank", "gradient_checkpointing"):
+        if getattr(backbone, name) and not backbone.model:
+            raise FieldError(f"backbone.{name}", "needs backbone.model: the miniature's is small and new")
     if backbone.model and not data.ratings:
         raise FieldError("data.ratings", f"must be given with backbone.model = {backbone.model!r}")
     if data.eval_ratings and not data.ratings:

@@ -68,7 +68,7 @@ def from_words(words: list[str], kind: Any) -> Any:
     if origin in (Union, types.UnionType):
         return None if [word.lower() for word in words] == ["none"] else from_words(words, inner[0])
     if origin is tuple:
-        return [from_words([word], inner[0]) for word in words]
+        return [from_words([word], inner[0]) for word in words if words != [""]]
     if origin is dict:
         pairs = [word.rpartition("=")[::2] for word in words]
         if words and len(words) % 2 == 0 and not any("=" in word for word in words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from grpo_kernels import LossConfig
 from grpo_kernels.group_advantages import Mode, Scale
 
+from grpo_fast.config.reward_settings import RewardConfig
 from grpo_fast.config.rules import FieldError
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
@@ -55,13 +57,19 @@ def constant_normalizer(config: TrainConfig, sequences: int) -> float:
     return float(sequences * (1 if config.loss.preset == "luspo" else config.rollout.max_new_tokens))
 
 
-def resolve_device(config: TrainConfig) -> torch.device:
-    """The device asked for; raises `FieldError` when it is not here."""
+def device_named(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; raises `FieldError` when it is not here."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device(("cuda" if count else "cpu") if config.device == "auto" else config.device)
+    device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
-        raise FieldError("device", f"is {config.device}, but PyTorch finds {found}; use auto or cpu")
+        raise FieldError("device", f"is {name}, but PyTorch finds {found}; use auto or cpu")
+    return device
+
+
+def resolve_device(config: TrainConfig) -> torch.device:
+    """The device asked for; raises `FieldError` when it is not here, or lacks what the policy's settings need."""
+    device = device_named(config.device)
     if config.policy.liger and device.type != "cuda":
         raise FieldError("policy.liger", f"needs a CUDA device, the run is on {device.type}; leave it off")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -71,7 +79,7 @@ def resolve_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+def resolve_dtype(config: TrainConfig | RewardConfig, device: torch.device) -> torch.dtype:
     """Compute type on this device; master weights are float32 whatever it is."""
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -79,34 +87,50 @@ def resolve_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def run_path(config: TrainConfig) -> Path:
-    """Folder of a new run, not yet made.
+    """Folder of a new training run (`run_folder`)."""
+    return run_folder(config.output_dir, config.name, config.policy.model or "miniature")
+
+
+def run_folder(output_dir: str, name: str, model: str) -> Path:
+    """Folder of a new run, not yet made: `name`, or one made from the model's name and the time.
 
     Raises `UserError` when the name is given and its folder exists: nothing on disk is overwritten.
     """
-    folder = Path(config.output_dir)
-    if config.name:
-        if (folder / config.name).exists():
+    folder = Path(output_dir)
+    if name:
+        if (folder / name).exists():
             raise UserError(
-                f"run folder {folder / config.name} already exists: choose another --name, or go on with "
-                f"--resume {folder / config.name}"
+                f"run folder {folder / name} already exists: choose another --name, or go on with "
+                f"--resume {folder / name}"
             )
-        return folder / config.name
-    model = Path(config.policy.model).name or "miniature"
-    stem = f"{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return folder / name
+    stem = f"{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = (folder / (stem if n == 1 else f"{stem}-{n}") for n in range(1, 1000))
     return next(path for path in candidates if not path.exists())
 
 
+def overlaps(config: TrainConfig, device: torch.device) -> bool:
+    """Whether finished groups are scored while others are still generated."""
+    return config.reward.overlap == "on" or (config.reward.overlap == "auto" and device.type == "cuda")
+
+
 def check_paths(config: TrainConfig) -> None:
     """Raises `FieldError` for a model folder that is not there; hub ids pass unasked."""
-    for name, value in (("policy.model", config.policy.model), ("reward.model", config.reward.model)):
-        if not value or (Path(value) / "config.json").is_file():
-            continue
+    named = [("policy.model", config.policy.model)] if config.policy.model else []
+    named += [("reward.model", split_name(spec)[1]) for spec in config.reward.model]
+    for name, value in named:
         path = Path(value)
+        if (path / "config.json").is_file():
+            continue
         if path.is_dir():
             raise FieldError(name, f"is the folder {value}, which has no config.json")
         if path.exists():
             raise FieldError(name, f"must be the folder of a model, got the file {value}")
-        local = value.startswith((".", "/", "~")) or value.count("/") > 1
-        if local or name == "reward.model":
+        if value.startswith((".", "/", "~")) or value.count("/") > 1:
             raise FieldError(name, f"must be the folder of a model, {value} does not exist")
+
+
+def split_name(spec: str) -> tuple[str, str]:
+    """`name=path` of `reward.model` as (name, path); ("", path) without a name."""
+    match = re.match(r"([\w-]+)=(.+)", spec)
+    return (match[1], match[2]) if match else ("", spec)

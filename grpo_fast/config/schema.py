@@ -76,6 +76,10 @@ def _fit(value: Any, kind: Any) -> Any:
         return value if isinstance(value, str) and value in inner else _MISFIT
     if origin is tuple:
         exact = inner[-1] is not Ellipsis
+        if isinstance(value, str) and not exact:
+            value = [value] if value else []  # a list of one needs no brackets
+        if value == [""] and not exact:
+            value = []  # no text at all
         if not isinstance(value, list) or (exact and len(value) != len(inner)):
             return _MISFIT
         items = tuple(_fit(item, inner[0]) for item in value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -77,8 +77,20 @@ class Completion:
 class RolloutEngine(Protocol):
     """Turns prompts into completions with the latest weights."""
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[Completion]:
-        """`n` completions of every prompt, group-major: exactly len(prompts)·n, or an exception."""
+    def generate(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        *,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[Completion]:
+        """`n` completions of every prompt, group-major: exactly len(prompts)·n, or an exception.
+
+        `on_group(prompt, completions)` is called as soon as a prompt's completions are all there, in an order that
+        depends on the completions alone.
+        """
         ...
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:

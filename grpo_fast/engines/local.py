@@ -11,7 +11,7 @@ Letters: B rows decoding, V vocabulary, P prompts of a prefill.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,8 +69,9 @@ class LocalEngine:
         seed: int,
         *,
         on_progress: Progress | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """`n` completions of every prompt, group-major.
+        """`n` completions of every prompt, group-major; `on_group` sees each group as soon as it is whole.
 
         Raises `UserError` for an empty prompt or a token outside the vocabulary, `FloatingPointError` when
         the model returns logits that are no distribution.
@@ -84,6 +85,9 @@ class LocalEngine:
                     run.admit()
                 else:
                     run.step()
+                if on_group is not None:
+                    for prompt in run.take_whole(n):
+                        on_group(prompt, [run.completion(prompt, s, self.version) for s in range(n)])
                 if on_progress is not None:
                     on_progress(len(run.done), len(prompts) * n, run.tokens)
         return [run.completion(p, s, self.version) for p in range(len(prompts)) for s in range(n)]
@@ -129,6 +133,8 @@ class _Run:
         self.waiting = deque((p, s) for p in range(len(prompts)) for s in range(n))
         self.rows: list[_Row] = []
         self.done: dict[tuple[int, int], _Row] = {}
+        self.ended: list[int] = []  # the prompts of the completions that ended since `take_whole`
+        self.ended_of: Counter[int] = Counter()
         self.tokens = 0
         self.cache = DecodePlan(self.max_rows)
         self.uniform = torch.zeros(
@@ -256,9 +262,17 @@ class _Run:
             row.logprobs.append(logprobs[i])
             if row.tokens[-1] in self.stops or len(row.tokens) == limit:
                 self.done[row.prompt, row.sample] = row
+                self.ended.append(row.prompt)
             else:
                 alive.append(i)
         return alive
+
+    def take_whole(self, n: int) -> list[int]:
+        """Prompts whose `n` completions have all ended, each reported once."""
+        self.ended_of.update(self.ended)
+        whole = [prompt for prompt in dict.fromkeys(self.ended) if self.ended_of[prompt] == n]
+        self.ended = []
+        return whole
 
     def completion(self, prompt: int, sample: int, version: int) -> Completion:
         """The finished completion (prompt, sample)."""

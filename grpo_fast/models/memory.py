@@ -7,6 +7,7 @@ hold, not of what an allocator reserves: leave a tenth for fragmentation and the
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -111,7 +112,7 @@ def memory_estimate(
     needs_reference: bool = False,
     rollout_rows: int = 0,
     rollout_tokens: int = 0,
-    reward_model: PreTrainedConfig | None = None,
+    reward_models: Sequence[PreTrainedConfig] = (),
     reward_dtype: torch.dtype = torch.float32,
     optimizer: Literal["adamw", "adafactor"] = "adamw",
     head_scratch_bytes: int = HEAD_SCRATCH_BYTES,
@@ -134,10 +135,10 @@ def memory_estimate(
     kv_per_token = 2 * text.num_hidden_layers * kv_heads * head_dim * item
     scratch = min(head_scratch_bytes, token_budget * text.vocab_size * (4 + item))
     reward = 0
-    if reward_model is not None:
+    for reward_model in reward_models:
         found = count_parameters(reward_model)
         tied = getattr(reward_model.get_text_config(), "tie_word_embeddings", False)
-        reward = (found.total - (0 if tied else found.head)) * reward_dtype.itemsize
+        reward += (found.total - (0 if tied else found.head)) * reward_dtype.itemsize
     return MemoryEstimate(
         parameters=(counts.total + adapter) * item,
         reference=counts.total * item if full and needs_reference else 0,

@@ -8,7 +8,6 @@ completion token reach the head, and the N x V logits never exist (`grpo_kernels
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,22 +26,9 @@ from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
+from grpo_fast.models.lora import LoraSettings, add_lora, merged_state, quiet_peft
 from grpo_fast.models.self_check import check_head, check_packing, packed_hidden_states
 from grpo_fast.packing import PackedBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Low-rank adapters (Hu et al., arXiv 2106.09685) through `peft`."""
-
-    rank: int = 16
-    """Rank of each adapter."""
-    alpha: float = 32.0
-    """Scale: the update is multiplied by alpha / rank."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get an adapter; "all-linear" is every one except the head."""
-    seed: int = 0
-    """Of the adapter's first weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +124,7 @@ class Policy(nn.Module):
                 liger=liger,
             )
         try:
-            with _quiet_peft():
+            with quiet_peft():
                 wrapped = PeftModel.from_pretrained(
                     model, saved.adapter, is_trainable=True, autocast_adapter_dtype=False
                 )
@@ -161,7 +147,7 @@ class Policy(nn.Module):
         pretrained.check_architecture(type(model), model.config, "model")
         rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
         pretrained.check_vocabulary(tokenizer, rows, "model")
-        wrapped = None if lora is None else _add_lora(model, lora)
+        wrapped = None if lora is None else add_lora(model, lora)
         return cls._finish(model, tokenizer, wrapped, gradient_checkpointing, liger)
 
     @classmethod
@@ -303,7 +289,7 @@ class Policy(nn.Module):
             if self.peft_model is None:
                 self.model.save_pretrained(folder)
             elif merge:
-                self.model.save_pretrained(folder, state_dict=_merged_state(self.model))
+                self.model.save_pretrained(folder, state_dict=merged_state(self.model))
             else:
                 # False: the base model's embedding is not part of the adapter, and no hub is asked about it
                 self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -312,33 +298,6 @@ class Policy(nn.Module):
         """Packed equals one by one, and hidden state x head the model's logits; UserError if not."""
         check_head(self.model, self.tokenizer)
         check_packing(self.model, self.tokenizer)
-
-
-def _add_lora(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (peft annotates int, any number works)
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with _quiet_peft(), torch.random.fork_rng():
-            torch.manual_seed(lora.seed)
-            # Adapters in the model's own dtype: the optimizer keeps the float32 copies.
-            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise UserError(f"lora target_modules {targets}: {pretrained.one_line(error)}") from error
-    assert isinstance(wrapped, PeftModel)
-    return wrapped
-
-
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Without peft's warnings: of a property that transformers renamed, and of tied heads, refused by name below."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _refuse_lora_on_head(model: PreTrainedModel) -> None:
@@ -352,27 +311,3 @@ def _refuse_lora_on_head(model: PreTrainedModel) -> None:
                 f"lora target_modules: {name} is the {role} of {type(model).__name__}, and an adapter on it "
                 "is not supported; take it out (all-linear leaves it out)"
             )
-
-
-def _merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict of the plain model, adapters added to the weights they belong to, on the CPU.
-
-    Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training.
-    """
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    merged: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
-        owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
-        if owner is None:
-            merged[key] = value.detach().cpu()
-            continue
-        inner = key[len(owner) + 1 :]
-        if not inner.startswith("base_layer."):
-            continue
-        value = value.detach()
-        if inner == "base_layer.weight":
-            layer: Any = adapted[owner]
-            for adapter in layer.active_adapters:
-                value = (value.float() + layer.get_delta_weight(adapter).detach().float()).to(value.dtype)
-        merged[f"{owner}.{inner.removeprefix('base_layer.')}"] = value.cpu()
-    return merged

@@ -202,8 +202,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The weights of a saved model with the packed attention switched on.
 
-    Weights that the files lack would be drawn at random: refused, except for names that start with one of
-    `may_miss` (a new reward head on a language model).
+    Weights that the files lack, or have in another shape, would be drawn at random: refused, except for names that
+    start with one of `may_miss` (a new reward head).
     """
     try:
         model_class = auto_class._model_mapping[type(config)]
@@ -219,12 +219,14 @@ def load_model(
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             output_loading_info=True,
+            ignore_mismatched_sizes=bool(may_miss),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"{what} {path}: cannot read its weights: {one_line(error)}") from error
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith(may_miss or ("\0",)))
+    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    missing = sorted(name for name in absent if not name.startswith(may_miss or ("\0",)))
     if missing:
         raise UserError(
             f"{what} {path}: {len(missing)} weights are not in its files (first: {missing[0]}); "

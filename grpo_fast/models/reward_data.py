@@ -1,6 +1,6 @@
-"""Labelled replies, the heads of a reward model and the statistics that give each head its unit.
+"""The heads of a reward model, which of its outputs belong to which, and the statistics that give each its unit.
 
-Dimension letters: S replies, R heads.
+Dimension letters: S replies, R heads, K members of the ensemble, O outputs.
 """
 
 from __future__ import annotations
@@ -8,18 +8,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from grpo_fast.data.ratings import Ratings
 from grpo_fast.errors import UserError
+from grpo_fast.trust.calibration import Calibration
 
 HEADS_FILE = "reward_heads.json"
 
-PromptLike = str | list[dict[str, Any]]
+LOG_VARIANCE_LIMIT = 7.0
+"""Predicted log-variances are held within ± this: a label that happens to be hit exactly must not run away."""
+
+Kind = Literal["regression", "binary", "ordinal", "pairwise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,103 +33,158 @@ class Head:
     """One objective and the unit of its labels."""
 
     name: str
-    kind: Literal["regression", "binary"] = "regression"
-    """regression: squared error on (label - mean) / std. binary: cross entropy of labels in [0, 1]."""
+    kind: Kind = "regression"
+    """regression: the output is (label - mean) / std. binary: the log-odds of 1. ordinal: a position among
+    `cuts`; the score is the expected level. pairwise: the log-odds of being preferred, up to a constant."""
     mean: float = 0.0
     std: float = 1.0
+    """Of the training labels; 0 and 1 for a pairwise head, which has none."""
     low: float = 0.0
     """The smallest label seen in training; scores are not cut to the range."""
     high: float = 1.0
+    cuts: tuple[float, ...] = ()
+    """ordinal: the output at which a reply is as likely above as below the step from level low + k to the next."""
+    calibration: dict[str, Any] | None = None
+    """Fitted on held-out labels (`trust.calibration.Calibration`); applied where it is asked for."""
 
 
-@dataclass(frozen=True)
-class LabelledReply:
-    """One reply and its labels in the heads' order, NaN where one is missing. `prompt`: text or messages."""
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which of a reward model's O outputs is which: all heads of member 1, then of member 2, ..., then variances."""
 
-    prompt: PromptLike
-    completion: str
-    labels: tuple[float, ...]
+    heads: tuple[Head, ...]
+    members: int = 1
+    """K outputs of each head: an ensemble on one backbone."""
+    gaussian: bool = False
+    """Whether each regression head has an output for the logarithm of its variance (in units of std²)."""
+
+    @property
+    def names(self) -> list[str]:
+        """What each output is called in `id2label`: a plain head name for the first member."""
+        heads = [head.name for head in self.heads]
+        members = [f"{name}/{k}" for k in range(2, self.members + 1) for name in heads]
+        return [*heads, *members, *(f"{heads[r]}/log_variance" for r in self.noisy)]
+
+    @property
+    def noisy(self) -> list[int]:
+        """Heads with a variance of their own."""
+        return [r for r, head in enumerate(self.heads) if self.gaussian and head.kind == "regression"]
+
+    def of_kind(self, kind: Kind) -> list[int]:
+        """The heads of a kind."""
+        return [r for r, head in enumerate(self.heads) if head.kind == kind]
+
+    def split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, O) -> the members' outputs (S, K, R) and the log-variances (S, len(noisy))."""
+        width = self.members * len(self.heads)
+        return outputs[:, :width].unflatten(1, (self.members, len(self.heads))), outputs[:, width:]
+
+    def to_units(self, values: Tensor) -> Tensor:
+        """Outputs (..., R) in the labels' unit: for a binary head the probability of 1, for ordinal the mean level."""
+        mean = values.new_tensor([h.mean for h in self.heads])
+        std = values.new_tensor([h.std for h in self.heads])
+        result = values * std + mean
+        for r, head in enumerate(self.heads):
+            if head.kind == "binary":
+                result[..., r] = torch.sigmoid(values[..., r])
+            elif head.kind == "ordinal":
+                above = torch.sigmoid(values[..., r : r + 1] - values.new_tensor(head.cuts))
+                result[..., r] = head.low + above.sum(dim=-1)
+            elif head.kind == "pairwise":
+                result[..., r] = values[..., r]
+        return result
 
 
-def label_matrix(examples: Sequence[LabelledReply], heads: Sequence[str]) -> Tensor:
-    """The labels of all examples, (S, R) float32; UserError for a wrong count or an infinite label."""
-    for i, example in enumerate(examples):
-        if len(example.labels) != len(heads):
-            raise UserError(
-                f"labelled reply {i + 1}: has {len(example.labels)} labels, expected {len(heads)} "
-                f"({', '.join(heads)})"
-            )
-    labels = torch.tensor([example.labels for example in examples], dtype=torch.float32).reshape(
-        -1, len(heads)
-    )
-    infinite = torch.isinf(labels).nonzero()
-    if len(infinite):
-        row, column = infinite[0].tolist()
-        raise UserError(
-            f"labelled reply {row + 1}: label {heads[column]} is infinite; use NaN for a missing label"
-        )
-    return labels
+def heads_of(ratings: Ratings) -> list[Head]:
+    """A head for each of the ratings' own, with the statistics of the observed labels.
 
-
-def heads_of(
-    names: Sequence[str],
-    examples: Sequence[LabelledReply],
-    kinds: dict[str, Literal["regression", "binary"]] | None = None,
-) -> list[Head]:
-    """Heads with the statistics of the observed training labels; UserError for a head without any."""
-    labels = label_matrix(examples, names)
+    UserError for a head without a label, and for ordinal labels of one level alone.
+    """
     heads = []
-    for column, name in enumerate(names):
-        kind = (kinds or {}).get(name, "regression")
-        values = labels[:, column]
-        values = values[~torch.isnan(values)].double()
-        if not len(values):
-            raise UserError(
-                f"labelled replies: none of {len(labels)} has a label for {name}; at least one is needed"
-            )
-        low, high = values.min().item(), values.max().item()
-        if kind == "binary" and (low < 0 or high > 1):
-            raise UserError(
-                f"labelled replies: {name} is binary, so labels must be in [0, 1], got {low} to {high}"
-            )
-        std = values.std(correction=0).item()
-        mean = values.mean().item()
-        heads.append(
-            Head(name=name, kind=kind, mean=mean, std=std if std > 1e-6 else 1.0, low=low, high=high)
+    for spec in ratings.heads:
+        if spec.kind == "pairwise":
+            heads.append(Head(name=spec.name, kind="pairwise"))
+            continue
+        values = np.array(
+            [row[spec.name] for e in ratings.examples for row in e.labels if spec.name in row], dtype=float
         )
+        if not len(values):
+            raise UserError(f"ratings: no reply has a label for {spec.name}; at least one is needed")
+        std = float(values.std())
+        if spec.kind == "ordinal" and values.min() == values.max():
+            raise UserError(
+                f"ratings: every label of {spec.name} is {values[0]:g}; ordinal heads need two levels"
+            )
+        head = Head(
+            name=spec.name,
+            kind=spec.kind,
+            mean=float(values.mean()),
+            std=std if std > 1e-6 else 1.0,
+            low=float(values.min()),
+            high=float(values.max()),
+        )
+        heads.append(replace(head, cuts=_first_cuts(values)) if spec.kind == "ordinal" else head)
     return heads
 
 
-def write_heads(folder: str | Path, heads: Sequence[Head]) -> None:
+def _first_cuts(levels: np.ndarray) -> tuple[float, ...]:
+    """The cuts at which an output of zero gives the levels' own frequencies."""
+    steps = range(int(levels.min()), int(levels.max()))
+    above = np.array([(levels > step).mean() for step in steps]).clip(0.01, 0.99)
+    return tuple(float(cut) for cut in np.log((1 - above) / above))
+
+
+def write_layout(folder: str | Path, layout: Layout) -> None:
     """Write `reward_heads.json` into an existing folder."""
-    text = json.dumps({"heads": [asdict(head) for head in heads]}, indent=2)
+    text = json.dumps(asdict(layout), indent=2)
     (Path(folder) / HEADS_FILE).write_text(text + "\n")
 
 
-def read_heads(source: str, shown: str) -> list[Head]:
-    """The heads saved in the folder `source` (called `shown` in messages); UserError if they are unsound."""
+def read_layout(source: str, shown: str) -> Layout:
+    """The layout saved in the folder `source` (called `shown` in messages); UserError if it is unsound."""
     where = f"reward model {shown}: {HEADS_FILE}"
-    file = Path(source) / HEADS_FILE
-    if not file.is_file():
-        raise UserError(
-            f"{where} is missing; it is written beside the weights when a reward model is trained"
-        )
     try:
-        rows = json.loads(file.read_text())["heads"]
-        heads = [Head(**row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        saved = json.loads((Path(source) / HEADS_FILE).read_text())
+        rows = saved.pop("heads")
+        heads = tuple(Head(**{**row, "cuts": tuple(row.get("cuts", ()))}) for row in rows)
+        layout = Layout(heads=heads, **saved)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
     names = [head.name for head in heads]
-    if not heads or len(set(map(str, names))) < len(names):
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{where}: a head's name must be a text, got {name!r}")
+    if not heads or len(set(names)) < len(names):
         raise UserError(f"{where} must name at least one head and none twice, got {names}")
+    if type(layout.members) is not int or layout.members < 1 or type(layout.gaussian) is not bool:
+        raise UserError(f"{where}: members must be a number from 1 on and gaussian true or false")
     for head in heads:
-        numbers = (head.mean, head.std, head.low, head.high)
-        if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or head.std <= 0:
-            raise UserError(
-                f"{where}: head {head.name}: mean, std, low, high must be finite and std > 0, got {numbers}"
-            )
-        if head.kind not in ("regression", "binary"):
-            raise UserError(
-                f"{where}: head {head.name}: kind must be regression or binary, got {head.kind!r}"
-            )
-    return heads
+        _check_head(head, where)
+    return layout
+
+
+def _check_head(head: Head, where: str) -> None:
+    numbers = (head.mean, head.std, head.low, head.high, *head.cuts)
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or head.std <= 0:
+        raise UserError(
+            f"{where}: head {head.name}: mean, std, low, high and cuts must be finite and std > 0, got {numbers}"
+        )
+    if head.kind not in ("regression", "binary", "ordinal", "pairwise"):
+        raise UserError(
+            f"{where}: head {head.name}: kind must be regression, binary, ordinal or pairwise, got {head.kind!r}"
+        )
+    if head.kind == "ordinal" and not head.cuts:
+        raise UserError(f"{where}: head {head.name} is ordinal and has no cuts")
+    if head.calibration is not None:
+        Calibration.from_dict(head.calibration, where=f"{where}: calibration of {head.name}")
+
+
+def label_matrix(labels: Sequence[dict[str, float]], heads: Sequence[str]) -> Tensor:
+    """Labels by head name as (S, R) float32, NaN where one is missing; UserError for one that is infinite."""
+    rows = [[row.get(name, math.nan) for name in heads] for row in labels]
+    matrix = torch.tensor(rows, dtype=torch.float32).reshape(-1, len(heads))
+    infinite = torch.isinf(matrix).nonzero()
+    if len(infinite):
+        row, column = infinite[0].tolist()
+        raise UserError(f"rated reply {row + 1}: label {heads[column]} is infinite; leave a missing one out")
+    return matrix

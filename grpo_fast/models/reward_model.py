@@ -1,25 +1,21 @@
 """The multi-head reward model: one backbone, one score for each objective, read at the end of a reply.
 
-On disk it is a standard `AutoModelForSequenceClassification` checkpoint (`id2label` = head names) with a
-small file beside it, `reward_heads.json`, that says how raw outputs become scores in the labels' own unit.
-Dimension letters: S replies, R heads, L packed positions, H hidden size.
-
-Where it reads. `transformers` classifies a decoder's row at its rightmost token that is not the padding
-token, and so does this module: trailing padding tokens are cut off before packing, which changes nothing for
-the token that is read, since attention is causal. Packed scores therefore equal the checkpoint's own output
-on single rows and on padded batches. When the padding token *is* the end token, neither ever sees the end of
-a reply: both read at the token before, and a finished reply scores as the same reply cut off there. Use a
-tokenizer with a padding token of its own where that matters.
+On disk it is a standard `AutoModelForSequenceClassification` checkpoint (`id2label` = names of the outputs) with a
+small file beside it, `reward_heads.json`, that says how raw outputs become scores in the labels' own unit. Any other
+sequence classification checkpoint loads too: each of its outputs is a head, and its score is the output itself.
+Dimension letters: S replies, R heads, K members of the ensemble, O outputs, L packed positions, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -31,38 +27,142 @@ from transformers import (
 from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
-from grpo_fast.models.reward_data import HEADS_FILE, Head, PromptLike, read_heads, write_heads
+from grpo_fast.models.lora import LoraSettings, add_lora, merged_state
+from grpo_fast.models.reward_backbone import (
+    check_fits,
+    describe,
+    length_limit,
+    linear_score,
+    name_outputs,
+    read_backbone,
+)
+from grpo_fast.models.reward_data import (
+    HEADS_FILE,
+    LOG_VARIANCE_LIMIT,
+    Head,
+    Layout,
+    read_layout,
+    write_layout,
+)
+from grpo_fast.models.reward_text import Encoded, PromptLike, encode, pack_replies
 from grpo_fast.models.self_check import check_packing, packed_hidden_states
-from grpo_fast.packing import PackedBatch, pack
+from grpo_fast.packing import PackedBatch
+from grpo_fast.trust.distance import FILE as FEATURES_FILE
+from grpo_fast.trust.distance import FeatureStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a reward model says of S replies, on the CPU."""
+
+    scores: Tensor
+    """(S, R) float32 in the labels' unit; of an ensemble the mean of its members"""
+    spread: Tensor | None
+    """(S, R) float32, same unit: standard deviation between members, and of the predicted variance where there is
+    one; None where the model has neither"""
+    features: Tensor
+    """(S, 2H) float32: what the distance from the training replies is measured in (`read_with_features`)"""
+    distance: Tensor | None
+    """(S,) float32: that distance, in units of a typical held-out reply's; None where it was not measured"""
+    outside: Tensor | None
+    """(S,) bool: whether 95% of held-out replies are nearer"""
+    truncated: int = 0
+    """Replies whose prompt lost its beginning to the length limit"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRewardModel:
+    """What a saved reward model says of itself before any weight is read."""
+
+    path: str
+    """As the user gave it."""
+    source: str
+    """Folder or hub id."""
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout
+    statistics: FeatureStatistics | None
+
+    @classmethod
+    def read(cls, path: str | Path, *, name: str = "") -> SavedRewardModel:
+        """A folder or hub id. `name` is the objective of a one-output model without `reward_heads.json`.
+
+        UserError where the folder is not whole or contradicts itself.
+        """
+        source = pretrained.locate(path, "reward model")
+        config = pretrained.load_config(source, "reward model")
+        for found in config.architectures or ():
+            if not found.endswith("ForSequenceClassification"):
+                raise UserError(
+                    f"reward model {path}: is a {found}; a ...ForSequenceClassification is needed"
+                )
+        labels = [str(label) for _, label in sorted((config.id2label or {}).items())]
+        if (Path(source) / HEADS_FILE).is_file():
+            layout = read_layout(source, str(path))
+            if labels != layout.names:
+                raise UserError(
+                    f"reward model {path}: {HEADS_FILE} names the outputs {', '.join(layout.names)}, "
+                    f"config.json has {', '.join(labels)}"
+                )
+        else:
+            if len(labels) == 1:
+                labels = [name or (Path(source).name if labels[0] == "LABEL_0" else labels[0])]
+            layout = Layout(heads=tuple(Head(name=label) for label in labels))
+        tokenizer = pretrained.load_tokenizer(source, "reward model")
+        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"reward model {source}")
+        statistics = FeatureStatistics.load(source) if FeatureStatistics.is_in(source) else None
+        if statistics is not None and statistics.width != 2 * config.get_text_config().hidden_size:
+            raise UserError(
+                f"reward model {path}: its feature statistics are of {statistics.width} features, the model has "
+                f"{2 * config.get_text_config().hidden_size}: delete {FEATURES_FILE}, or take the whole folder again"
+            )
+        return cls(
+            path=str(path),
+            source=source,
+            config=config,
+            tokenizer=tokenizer,
+            layout=layout,
+            statistics=statistics,
+        )
 
 
 class RewardModel(nn.Module):
-    """A decoder with one linear output for each head; `forward` gives the normalised outputs of a batch.
+    """A decoder with a linear output for each head; `forward` gives the raw outputs of a batch.
 
     Making one checks that the model computes the same packed and unpacked (UserError if not).
     """
 
-    mean: Tensor  # (R,)
-    std: Tensor  # (R,)
-    binary: Tensor  # (R,) bool
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: Sequence[Head]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layout: Layout,
+        *,
+        statistics: FeatureStatistics | None = None,
+        lora: LoraSettings | None = None,
+    ):
         super().__init__()
-        score = getattr(model, "score", None)
-        name = type(model).__name__
-        if not isinstance(score, nn.Linear):
-            raise UserError(f"reward model: {name} has no linear `score` over its last token; use a decoder")
-        if score.out_features != len(heads):
-            raise UserError(f"reward model: {name} has {score.out_features} outputs for {len(heads)} heads")
+        score, name = linear_score(model), type(model).__name__
+        if score.out_features != len(layout.names):
+            raise UserError(
+                f"reward model: {name} has {score.out_features} outputs, {len(layout.names)} are needed for "
+                f"{', '.join(layout.names)}"
+            )
         if model.config._attn_implementation != ATTENTION_NAME:
             model.set_attn_implementation(ATTENTION_NAME)
         pretrained.switch_off_dropout(model)
         self.model = model
         self.tokenizer = tokenizer
-        self.heads = tuple(heads)
-        self.register_buffer("mean", torch.tensor([h.mean for h in heads]), persistent=False)
-        self.register_buffer("std", torch.tensor([h.std for h in heads]), persistent=False)
-        self.register_buffer("binary", torch.tensor([h.kind == "binary" for h in heads]), persistent=False)
+        self.statistics = statistics
+        self._layout = layout
+        self.cuts = nn.ParameterList(
+            nn.Parameter(torch.tensor(head.cuts)) for head in layout.heads if head.kind == "ordinal"
+        )
+        self.log_noise = nn.Parameter(torch.zeros(len(layout.heads)), requires_grad=False)
+        """(R,) learned by uncertainty weighting; of no use once the model is trained"""
+        self.__dict__["peft_model"] = (
+            None if lora is None else add_lora(model, lora, trained_whole=("score",))
+        )
         self.to(model.device)
         check_packing(model, tokenizer)
 
@@ -71,258 +171,230 @@ class RewardModel(nn.Module):
         cls,
         config: PreTrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
-        heads: Sequence[Head],
+        layout: Layout,
         *,
         seed: int = 0,
+        dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
     ) -> RewardModel:
-        """A new model with random float32 weights drawn from `seed`."""
-        model_class = _model_class(config, config.model_type)
-        pretrained.check_architecture(model_class, config, "reward model")
-        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, "reward model")
-        _describe(config, tokenizer, heads)
+        """A new model with random weights drawn from `seed`."""
+        check_fits(config, tokenizer, "reward model")
+        describe(config, tokenizer, layout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForSequenceClassification.from_config(
                 config, dtype=torch.float32, attn_implementation=ATTENTION_NAME
             )
-        return cls(model.to(pretrained.as_device(device)), tokenizer, heads)
+        return cls(model.to(pretrained.as_device(device), pretrained.as_dtype(dtype)), tokenizer, layout)
 
     @classmethod
     def from_backbone(
         cls,
         path: str | Path,
-        heads: Sequence[Head],
+        layout: Layout,
         *,
         seed: int = 0,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
+        lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
     ) -> RewardModel:
-        """A language model (folder or hub id) whose head is replaced by new outputs drawn from `seed`."""
-        source = pretrained.locate(path, "reward model backbone")
-        config = pretrained.load_config(source, "reward model backbone")
-        tokenizer = pretrained.load_tokenizer(source, "reward model backbone")
-        _describe(config, tokenizer, heads)
+        """A model (folder or hub id) with new outputs drawn from `seed`; a saved reward model keeps its own outputs
+        when they have the names of the new ones."""
+        source, config, tokenizer = read_backbone(path)
+        going_on = layout.names == [str(label) for _, label in sorted((config.id2label or {}).items())]
+        describe(config, tokenizer, layout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = cls._load(source, config, tokenizer, heads, dtype, device, may_miss=("score.",))
+            model = pretrained.load_model(
+                AutoModelForSequenceClassification,
+                source,
+                "reward model",
+                config=config,
+                dtype=pretrained.as_dtype(dtype),
+                device=pretrained.as_device(device),
+                may_miss=() if going_on else ("score.",),
+            )
+            score = getattr(model, "score", None)
+            if not going_on and isinstance(score, nn.Linear):
+                # A classifier of as many outputs has kept those of its own heads.
+                nn.init.normal_(
+                    score.weight, std=getattr(config.get_text_config(), "initializer_range", 0.02)
+                )
+        made = cls(model, tokenizer, layout, lora=lora)
         if gradient_checkpointing:
             pretrained.enable_gradient_checkpointing(made.model, "reward model")
         return made
 
     @classmethod
     def load(
-        cls, path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
-    ) -> RewardModel:
-        """A reward model saved by `save`. UserError where the folder is not whole or contradicts itself."""
-        return cls._load(*cls.inspect(path), dtype, device).eval()
-
-    @staticmethod
-    def inspect(
-        path: str | Path,
-    ) -> tuple[str, PreTrainedConfig, PreTrainedTokenizerBase, Sequence[Head]]:
-        """Folder, configuration, tokenizer and heads of a saved reward model, checked before any weight is read."""
-        source = pretrained.locate(path, "reward model")
-        heads = read_heads(source, str(path))
-        config = pretrained.load_config(source, "reward model")
-        names = [name for _, name in sorted((config.id2label or {}).items())]
-        if names != [head.name for head in heads]:
-            raise UserError(
-                f"reward model {path}: {HEADS_FILE} names the heads {', '.join(h.name for h in heads)}, "
-                f"config.json has {', '.join(map(str, names))}"
-            )
-        tokenizer = pretrained.load_tokenizer(source, "reward model")
-        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"reward model {source}")
-        return source, config, tokenizer, heads
-
-    @classmethod
-    def _load(
         cls,
-        source: str,
-        config: PreTrainedConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        heads: Sequence[Head],
-        dtype: str | torch.dtype,
-        device: str | torch.device,
-        may_miss: tuple[str, ...] = (),
+        saved: str | Path | SavedRewardModel,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
     ) -> RewardModel:
-        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"reward model {source}")
+        """A reward model saved by `save`, or another classification checkpoint (`SavedRewardModel.read`)."""
+        if not isinstance(saved, SavedRewardModel):
+            saved = SavedRewardModel.read(saved)
         model = pretrained.load_model(
             AutoModelForSequenceClassification,
-            source,
+            saved.source,
             "reward model",
-            config=config,
+            config=saved.config,
             dtype=pretrained.as_dtype(dtype),
             device=pretrained.as_device(device),
-            may_miss=may_miss,
         )
-        return cls(model, tokenizer, heads)
+        name_outputs(model.config, saved.layout)
+        return cls(model, saved.tokenizer, saved.layout, statistics=saved.statistics).eval()
 
     def save(self, path: str | Path) -> None:
-        """The checkpoint, its tokenizer and `reward_heads.json`: the folder appears whole or not at all (UserError)."""
+        """The checkpoint (a LoRA adapter merged), its tokenizer, `reward_heads.json` and the feature statistics.
+
+        The folder appears whole or not at all (UserError).
+        """
         with pretrained.written_folder(path) as folder:
-            self.model.save_pretrained(folder)
+            adapted: PeftModel | None = self.__dict__["peft_model"]
+            self.model.save_pretrained(folder, state_dict=merged_state(self.model) if adapted else None)
             self.tokenizer.save_pretrained(folder)
-            write_heads(folder, self.heads)
+            write_layout(folder, self.layout)
+            if self.statistics is not None:
+                self.statistics.save(folder)
+
+    @property
+    def layout(self) -> Layout:
+        """Heads and outputs, with the cuts as they are trained by now."""
+        cuts = iter(self.cuts)
+        heads = tuple(
+            replace(head, cuts=tuple(next(cuts).tolist())) if head.kind == "ordinal" else head
+            for head in self._layout.heads
+        )
+        return replace(self._layout, heads=heads)
+
+    def set_heads(self, heads: Sequence[Head]) -> None:
+        """Replace what is known of the heads' units (statistics, calibration); names and kinds stay."""
+        assert [(h.name, h.kind) for h in heads] == [(h.name, h.kind) for h in self._layout.heads]
+        self._layout = replace(self._layout, heads=tuple(heads))
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        return self.layout.heads
 
     @property
     def head_names(self) -> list[str]:
-        return [head.name for head in self.heads]
+        return [head.name for head in self._layout.heads]
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Normalised outputs of a batch packed with `keep_last=True`, in its order: (S, R) float32."""
-        hidden = packed_hidden_states(self.model, batch)
-        score = cast(nn.Linear, self.model.score)
-        bias = None if score.bias is None else score.bias.float()
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden[batch.last_index].float(), score.weight.float(), bias)
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
-    def to_units(self, outputs: Tensor) -> Tensor:
-        """Normalised outputs (S, R) in the labels' unit; for a binary head the probability of 1."""
-        return torch.where(self.binary, torch.sigmoid(outputs), outputs * self.std + self.mean)
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates: all parameters, with LoRA the adapters and the heads."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def loss(self, batch: PackedBatch, labels: Tensor, normalizer: Tensor | float) -> Tensor:
-        """Mean over the heads of (sum of the observed labels' losses / normalizer).
-
-        `labels` (S, R) in the batch's order (`all_labels[batch.sequence_index]`), NaN where missing, in their
-        own unit. `normalizer`: the observed labels of the whole optimizer step, for each head (R,) or one
-        number; then the losses of micro-batches add up, however the step is split.
-        """
-        outputs = self(batch)
-        observed = ~torch.isnan(labels)
-        # NaN is replaced before the loss: 0 * NaN would still be NaN in the gradient.
-        known = torch.where(observed, labels, self.mean)
-        squared = (outputs - (known - self.mean) / self.std).square()
-        if any(head.kind == "binary" for head in self.heads):
-            entropy = F.binary_cross_entropy_with_logits(outputs, known.clamp(0.0, 1.0), reduction="none")
-            squared = torch.where(self.binary, entropy, squared)
-        counts = torch.as_tensor(normalizer, dtype=torch.float32, device=outputs.device).clamp_min(1.0)
-        return ((squared * observed).sum(dim=0) / counts).sum() / len(self.heads)
+    def read(self, batch: PackedBatch) -> Tensor:
+        """The hidden state each reply is scored from, in the batch's order: (S, H), model dtype."""
+        return packed_hidden_states(self.model, batch)[batch.last_index]
 
     @torch.no_grad()
+    def read_with_features(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """`read` (S, H), and what tells whether a reply is like those of training: (S, 2H) float32.
+
+        The features are the mean of the middle layer's hidden states over the reply, which sees its words and style
+        whatever the heads make of them, beside the state that is scored.
+        """
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            kept.append(output if isinstance(output, Tensor) else output[0])
+
+        hook = _middle_layer(self.model).register_forward_hook(keep)
+        try:
+            read = self.read(batch)
+        finally:
+            hook.remove()
+        middle = kept[0].reshape(-1, read.shape[1]).float()  # (L, H)
+        lengths = batch.cu_seqlens.diff().long()
+        means = torch.segment_reduce(middle[batch.hidden_index], "mean", lengths=lengths, initial=0.0)
+        means = torch.where(lengths[:, None] > 0, means, middle[batch.last_index])  # of an empty reply
+        return read, torch.cat([means, read.float()], dim=1)
+
+    def outputs(self, read: Tensor) -> Tensor:
+        """Raw outputs (S, O) float32 of the hidden states `read` (S, H)."""
+        score = cast(nn.Linear, self.model.score)
+        bias = None if score.bias is None else score.bias.float()
+        with torch.autocast(read.device.type, enabled=False):
+            return F.linear(read.float(), score.weight.float(), bias)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Raw outputs of a batch packed with `keep_last=True`, in its order: (S, O) float32."""
+        return self.outputs(self.read(batch))
+
     def scores(
         self, prompts: Sequence[PromptLike], completions: Sequence[str], token_budget: int = 8192
     ) -> Tensor:
         """Scores of `completions[i]` as the answer to `prompts[i]`: (S, R) float32, CPU, labels' unit."""
-        prompt_ids, completion_ids, prompt_of = self.encode(prompts, completions)
-        return self.score_ids(prompt_ids, completion_ids, prompt_of, token_budget)
+        return self.predict(self.encode(prompts, completions), token_budget).scores
 
     @torch.no_grad()
-    def score_ids(
-        self,
-        prompt_ids: Sequence[list[int]],
-        completion_ids: Sequence[list[int]],
-        prompt_of: Sequence[int] | None = None,
-        token_budget: int = 8192,
-    ) -> Tensor:
-        """`scores` for token ids of this model's own tokenizer; `prompt_of[i]` is completion i's prompt."""
-        result = torch.empty(len(completion_ids), len(self.heads))
+    def predict(self, encoded: Encoded, token_budget: int = 8192) -> Prediction:
+        """Scores, spread and distance of replies; they do not depend on which replies are asked about together."""
+        size, layout = len(encoded.completion_ids), self.layout
+        outputs = torch.empty(size, len(layout.names))
+        features = torch.empty(size, 2 * cast(nn.Linear, self.model.score).in_features)
         was_training = self.training
         self.eval()
-        for batch in self.pack(prompt_ids, completion_ids, prompt_of, token_budget):
-            outputs = self.to_units(self(batch.to(self.model.device)))
-            result[batch.sequence_index.cpu()] = outputs.cpu()
+        for batch in self.pack(encoded, token_budget):
+            read, described = self.read_with_features(batch.to(self.device))
+            features[batch.sequence_index.cpu()] = described.cpu()
+            outputs[batch.sequence_index.cpu()] = self.outputs(read).cpu()
         self.train(was_training)
-        return result
+        members, log_variance = layout.split(outputs)
+        scores = layout.to_units(members)  # (S, K, R)
+        known = self.statistics
+        return Prediction(
+            scores=scores.mean(dim=1),
+            spread=_spread(scores, log_variance, layout),
+            features=features,
+            distance=None if known is None else known.distance(features) / max(known.quantiles[0], 1e-12),
+            outside=None if known is None else known.outside(features),
+            truncated=encoded.truncated,
+        )
 
     def encode(
-        self, prompts: Sequence[PromptLike], completions: Sequence[str]
-    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Token ids of the different prompts, of every completion, and each completion's prompt.
-
-        Messages go through the tokenizer's chat template, the reply as the assistant's turn. Without a
-        template, and for plain text, prompt and reply are put one after the other and the end token follows.
-        """
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
-        end = str(self.tokenizer.eos_token or "")
-        rows = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            if isinstance(prompt, str):
-                rows.append((prompt, completion + end))
-            elif self.tokenizer.chat_template is None:
-                rows.append(("\n".join(str(turn["content"]) for turn in prompt) + "\n", completion + end))
-            else:
-                rows.append(self._render(prompt, completion))
-        index: dict[str, int] = {}
-        prompt_of = [index.setdefault(prompt, len(index)) for prompt, _ in rows]
-        start = self._start_token()
-        prompt_ids = [
-            ids if start is None or ids[:1] == [start] else [start, *ids]
-            for ids in self._token_ids(list(index))
-        ]
-        return prompt_ids, self._token_ids([reply for _, reply in rows]), prompt_of
-
-    def _render(self, messages: list[dict[str, Any]], completion: str) -> tuple[str, str]:
-        template = self.tokenizer.apply_chat_template
-        asked = str(template(messages, tokenize=False, add_generation_prompt=True))
-        turn = {"role": "assistant", "content": completion}
-        whole = str(template([*messages, turn], tokenize=False))
-        # Where the template writes the past otherwise than the open turn, the reply starts at the difference.
-        differs = (k for k, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b)
-        cut = next(differs, min(len(asked), len(whole)))
-        return whole[:cut], whole[cut:]
-
-    def _token_ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return cast(list[list[int]], self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-
-    def _start_token(self) -> int | None:
-        """The token this tokenizer puts before every text, if it does."""
-        start = self.tokenizer.bos_token_id
-        ids = self.tokenizer.encode("a")
-        return cast(int, start) if start is not None and ids[:1] == [start] else None
+        self, prompts: Sequence[PromptLike], completions: Sequence[str], *, max_tokens: int | None = None
+    ) -> Encoded:
+        """Token ids (`reward_text.encode`); `max_tokens` or the model's own number of positions is the limit."""
+        limit = length_limit(self.model.config, max_tokens)
+        return encode(self.tokenizer, prompts, completions, max_tokens=limit)
 
     def pack(
-        self,
-        prompt_ids: Sequence[list[int]],
-        completion_ids: Sequence[list[int]],
-        prompt_of: Sequence[int] | None,
-        token_budget: int,
+        self, encoded: Encoded, token_budget: int, together: Sequence[int] | None = None
     ) -> list[PackedBatch]:
-        """Pack so that `last_index` is the position `transformers` reads (see the module's docstring)."""
-        prompts = list(prompt_ids)
-        owner = list(range(len(completion_ids))) if prompt_of is None else list(prompt_of)
-        padding = self.model.config.get_text_config().pad_token_id
-        kept: list[list[int]] = []
-        for i, ids in enumerate(completion_ids):
-            prompt = prompts[owner[i]]
-            if not prompt and not ids:
-                raise UserError(f"reward model: prompt {owner[i]} and its reply {i} are both empty")
-            kept.append(_without_padding(ids, padding))
-            if not prompt or (not kept[i] and prompt[-1] == padding):
-                row = _without_padding(prompt + ids, padding) or [padding]
-                owner[i] = len(prompts)
-                prompts.append(row[:1])
-                kept[i] = row[1:]
-        return pack(prompts, kept, prompt_of=owner, token_budget=token_budget, keep_last=True)
+        """Batches in which each reply is read where `transformers` reads it (`reward_text.pack_replies`)."""
+        return pack_replies(
+            encoded.prompt_ids,
+            encoded.completion_ids,
+            encoded.prompt_of,
+            padding=self.model.config.get_text_config().pad_token_id,
+            token_budget=token_budget,
+            together=together,
+        )
 
 
-def _without_padding(ids: list[int], padding: int | None) -> list[int]:
-    end = len(ids)
-    while end and ids[end - 1] == padding:
-        end -= 1
-    return ids[:end]
+def _middle_layer(model: PreTrainedModel) -> nn.Module:
+    """The layer after which half of a decoder is done."""
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    return layers[(depth - 1) // 2]
 
 
-def _model_class(config: PreTrainedConfig, name: str) -> type:
-    try:
-        return cast(type, AutoModelForSequenceClassification._model_mapping[type(config)])
-    except KeyError as error:
-        raise UserError(
-            f"reward model: model type {name} has no sequence classification in transformers"
-        ) from error
-
-
-def _describe(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, heads: Sequence[Head]) -> None:
-    """Write the heads, and the padding token where the model has none, into a configuration."""
-    if not heads:
-        raise UserError("reward model: at least one head is needed")
-    config.num_labels = len(heads)
-    config.id2label = {i: head.name for i, head in enumerate(heads)}
-    config.label2id = {head.name: i for i, head in enumerate(heads)}
-    config.problem_type = "regression"
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+def _spread(scores: Tensor, log_variance: Tensor, layout: Layout) -> Tensor | None:
+    """(S, R): by the law of total variance, members' disagreement and the mean predicted variance."""
+    if layout.members == 1 and not layout.noisy:
+        return None
+    variance = scores.var(dim=1) if layout.members > 1 else torch.zeros_like(scores[:, 0])
+    std = scores.new_tensor([layout.heads[r].std for r in layout.noisy])
+    log_variance = log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)  # as in the loss
+    variance[:, layout.noisy] += log_variance.exp() * std.square()
+    return variance.sqrt()

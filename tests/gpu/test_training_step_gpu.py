@@ -23,6 +23,7 @@ from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
 from grpo_fast.packing import PackedBatch, pack
 from grpo_fast.rollout import Rollout
+from grpo_fast.scoring import Scored
 from tests.tiny import causal_lm
 
 DEVICE = "cuda"
@@ -63,7 +64,7 @@ def rollout() -> Rollout:
         prompt_of=[index // GROUP for index in range(len(LENGTHS))],
         completions=completions,
         texts=[""] * len(LENGTHS),
-        rewards=torch.zeros(len(LENGTHS), 1),
+        scored=Scored(rewards=torch.zeros(len(LENGTHS), 1), spread=torch.zeros(len(LENGTHS), 1)),
         advantages=torch.randn(len(LENGTHS), generator=draw),
     )
 
@@ -143,7 +144,7 @@ def test_an_update_changes_the_policy_and_its_engine_agrees(family, preset):
         prompt_of=[i // 4 for i in range(16)],
         completions=completions,
         texts=[""] * 16,
-        rewards=torch.zeros(16, 1),
+        scored=Scored(rewards=torch.zeros(16, 1), spread=torch.zeros(16, 1)),
         advantages=torch.linspace(-1, 1, 16),
     )
     config = TrainConfig(
