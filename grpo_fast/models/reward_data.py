@@ -18,7 +18,6 @@ from torch import Tensor
 
 from grpo_fast.data.ratings import Ratings
 from grpo_fast.errors import UserError
-from grpo_fast.trust.calibration import Calibration
 
 HEADS_FILE = "reward_heads.json"
 
@@ -176,6 +175,8 @@ def _check_head(head: Head, where: str) -> None:
     if head.kind == "ordinal" and not head.cuts:
         raise UserError(f"{where}: head {head.name} is ordinal and has no cuts")
     if head.calibration is not None:
+        from grpo_fast.trust.calibration import Calibration  # scipy is needed here alone
+
         Calibration.from_dict(head.calibration, where=f"{where}: calibration of {head.name}")
 
 

@@ -2,7 +2,9 @@
 left what it was trained on, or an ensemble no longer agrees.
 
 Over-optimised rewards rise while the truth falls (Gao et al., arXiv 2210.10760); neither sign needs the truth. Both
-are compared with the policy's own first steps, over windows, so that one odd batch rings no bell.
+are compared with the best the run has been: a policy that improves moves towards the good replies of the reward
+model's training first, and away from them when it begins to exploit. Windows of steps are compared, so that one odd
+batch rings no bell.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WINDOW = 5
-"""Steps that are averaged, at the beginning and at the end."""
+"""Steps that are averaged."""
 OUTSIDE = 0.15
 """Share of completions outside the reward model's training distribution that is too much (5% is to be expected)."""
 OUTSIDE_GROWTH = 2.0
-"""... and how many times the first steps' share it must be."""
-DISTANCE_GROWTH = 1.15
-"""How many times as far from the training replies as in the first steps completions may lie on average."""
+"""... and how many times the lowest share so far it must be."""
+DISTANCE_GROWTH = 1.1
+"""How many times as far from the training replies as at their nearest completions may lie on average."""
 SPREAD_GROWTH = 1.5
-"""How many times the first steps' spread an ensemble may reach."""
+"""How many times its lowest spread so far an ensemble may reach."""
 
 Row = Mapping[str, Any]
 
@@ -35,29 +37,28 @@ def signs(rows: Sequence[Row]) -> dict[str, str]:
     if (share := _windows(rows, "outside_frac")) and share[1] > max(OUTSIDE, OUTSIDE_GROWTH * share[0]):
         found["outside"] = (
             f"{share[1]:.0%} of the completions are unlike anything the reward model was trained on "
-            f"({share[0]:.0%} at the start): its scores may mean nothing there"
+            f"({share[0]:.0%} at best): its scores may mean nothing there"
         )
     if (far := _windows(rows, "distance")) and far[1] > DISTANCE_GROWTH * far[0] > 0:
         found["distance"] = (
-            f"completions lie {far[1] / far[0]:.2f} times as far from what the reward model was trained on as at the "
-            "start: its scores are worth less there"
+            f"completions lie {far[1] / far[0]:.2f} times as far from what the reward model was trained on as they "
+            "did: its scores are worth less there"
         )
     for key in (key for key in rows[-1] if key.startswith("spread/")):
         if (spread := _windows(rows, key)) and spread[1] > SPREAD_GROWTH * spread[0] > 0:
             name = key.removeprefix("spread/")
             found[key] = (
-                f"the reward model is {spread[1] / spread[0]:.1f} times as unsure of {name} as at the start: what the "
-                "policy gains there may be its errors"
+                f"the reward model is {spread[1] / spread[0]:.1f} times as unsure of {name} as it was: what the policy "
+                "gains there may be its errors"
             )
     return found
 
 
 def _windows(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
-    """Mean over the first and over the last WINDOW steps that logged `key`."""
+    """The lowest mean over WINDOW steps that logged `key`, of those before the last window, and the last one's."""
     values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
-    if len(values) < 2 * WINDOW:
-        return None
-    return sum(values[:WINDOW]) / WINDOW, sum(values[-WINDOW:]) / WINDOW
+    means = [sum(values[i : i + WINDOW]) / WINDOW for i in range(len(values) - WINDOW + 1)]
+    return (min(means[:-WINDOW]), means[-1]) if len(means) > WINDOW else None
 
 
 class Watch:
