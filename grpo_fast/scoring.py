@@ -119,7 +119,8 @@ class Scoring:
 
     def __init__(self, scorer: Scorer, *, overlap: bool = False) -> None:
         self._scorer = scorer
-        self._pool = ThreadPoolExecutor(max_workers=2)
+        self._models = ThreadPoolExecutor(max_workers=1)  # one at a time: a model is no place for two threads
+        self._functions = ThreadPoolExecutor(max_workers=1)
         self._overlap = overlap
         self._rows: list[tuple[int, Prompt, str]] = []
         self._waiting: list[tuple[int, Prompt, str]] = []
@@ -131,7 +132,8 @@ class Scoring:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._models, self._functions):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def put(self, places: Sequence[int], prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
         """Completions of whole groups and their places in the batch."""
@@ -152,7 +154,7 @@ class Scoring:
     def _send(self) -> None:
         if self._waiting:
             rows, self._waiting, self._waiting_size = self._waiting, [], 0
-            work = self._pool.submit(self._predict, rows) if self._overlap else rows
+            work = self._models.submit(self._predict, rows) if self._overlap else rows
             self._parts.append(([place for place, _, _ in rows], work))
 
     def _predict(self, rows: list[tuple[int, Prompt, str]]) -> Prediction:
@@ -172,7 +174,7 @@ class Scoring:
             prompts = [prompt for _, prompt, _ in rows]
             columns = [with_messages(prompt.columns, prompt.messages) for prompt in prompts]
             texts = [prompt.plain for prompt in prompts]
-            running = self._pool.submit(scorer.functions, texts, [text for _, _, text in rows], columns)
+            running = self._functions.submit(scorer.functions, texts, [text for _, _, text in rows], columns)
         size, heads = len(rows), len(scorer.models.names) if scorer.models else 0
         scores, spread = torch.empty(size, heads), torch.empty(size, heads)
         distance, outside, truncated = torch.zeros(size), torch.zeros(size, dtype=torch.bool), 0

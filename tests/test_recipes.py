@@ -30,7 +30,9 @@ def stand_ins(tmp_path_factory) -> Path:
     shape = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     layout = Layout(heads=tuple(Head(name=name) for name in OBJECTIVES))
     RewardModel.from_config(
-        config_of("qwen2", pad_token_id=tokenizer.pad_token_id, **shape), tokenizer, layout
+        config_of("qwen2", pad_token_id=tokenizer.pad_token_id, max_position_embeddings=4096, **shape),
+        tokenizer,
+        layout,
     ).save(folder / "reward-model")
     write_prompts(folder / "prompts.jsonl", 80)
     return folder

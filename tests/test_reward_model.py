@@ -147,7 +147,7 @@ def test_ensembles_and_variances_are_outputs_that_transformers_gives_too(
 def test_one_output_a_head_has_no_spread():
     found = reward_model(HEADS).predict(reward_model(HEADS).encode(PROMPTS, REPLIES))
     assert found.spread is None and found.outside is None and found.truncated == 0
-    assert found.features.shape == (5, 32)
+    assert found.features.shape == (5, 64)
 
 
 def test_units():

@@ -212,6 +212,11 @@ def test_scores_depend_neither_on_the_order_nor_on_overlap(models, functions, bu
 
 def test_truncated_prompts_and_strange_replies_are_counted(models):
     class Strange:
+        quantiles = (2.0, 3.0, 4.0)
+
+        def distance(self, features: Tensor) -> Tensor:
+            return torch.arange(len(features)).float()
+
         def outside(self, features: Tensor) -> Tensor:
             return torch.arange(len(features)) % 2 == 0
 
@@ -222,6 +227,7 @@ def test_truncated_prompts_and_strange_replies_are_counted(models):
     found = scorer([a_prompt("p" * n) for n in (300, 10, 280)], ["a", "b", "c"])
     assert found.truncated == 2
     assert found.outside is not None and found.outside.tolist() == [True, False, True]
+    assert found.distance is not None and found.distance.tolist() == [0.0, 0.5, 1.0]
 
 
 def test_scores_of_functions_alone(functions):
