@@ -7,10 +7,7 @@ with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs
 
 import time
 
-import torch
-import transformers
-
-from grpo_fast.config.command_line import parse
+from grpo_fast.config.command_line import TRAIN, parse
 from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
@@ -24,9 +21,8 @@ from grpo_fast.miniature.world import OBJECTIVES
 from grpo_fast.optim import Optimizer, learning_rate
 from grpo_fast.plan import print_plan
 from grpo_fast.rollout import collect, rollout_metrics
-from grpo_fast.run.allocator import keep_freed_memory
-from grpo_fast.run.command import run_command
-from grpo_fast.run.live import Run, Stopped
+from grpo_fast.run.command import prepare_libraries, run_command
+from grpo_fast.run.live import Run, run_to_the_end
 from grpo_fast.run.metrics import RunLogger
 from grpo_fast.state import Steps, is_due, restore, resumed_logger, save_evaluation, saved_evaluation
 from grpo_fast.summary import sample_rows, write_results
@@ -137,13 +133,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _command(argv: list[str] | None) -> int:
-    asked = parse(argv)
+    asked = parse(argv, TRAIN)
     config = asked.config
-    keep_freed_memory()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    prepare_libraries(config.threads)
     inputs = check_inputs(config, own_heads=() if config.policy.model or config.reward.model else OBJECTIVES)
     if asked.dry_run:
         print_plan(config, inputs)
@@ -160,12 +152,7 @@ def _command(argv: list[str] | None) -> int:
         )
     else:
         logger = RunLogger.create(run_path(config), config_toml=to_toml(config), wandb_project=wandb)
-    with Run(logger) as run:
-        try:
-            return train(config, inputs, run)
-        except Stopped:
-            run.progress.message(f"stopped; go on with: python -m grpo_fast.train --resume {run.path}")
-            return 130
+    return run_to_the_end(logger, TRAIN.module, lambda run: train(config, inputs, run))
 
 
 if __name__ == "__main__":

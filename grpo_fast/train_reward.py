@@ -6,9 +6,6 @@ head by head how far it can be trusted. Without arguments it trains the miniatur
 
 from itertools import islice
 
-import torch
-import transformers
-
 from grpo_fast.config.command_line import TRAIN_REWARD, parse
 from grpo_fast.config.resolve import device_named, run_folder
 from grpo_fast.config.reward_settings import RewardConfig
@@ -27,9 +24,8 @@ from grpo_fast.models.reward_text import encode_examples
 from grpo_fast.optim import learning_rate
 from grpo_fast.reward_plan import print_reward_plan
 from grpo_fast.reward_task import Rated, build_model, check_ratings, sample_rows, write_results
-from grpo_fast.run.allocator import keep_freed_memory
-from grpo_fast.run.command import run_command
-from grpo_fast.run.live import Run, Stopped
+from grpo_fast.run.command import prepare_libraries, run_command
+from grpo_fast.run.live import Run, run_to_the_end
 from grpo_fast.run.metrics import RunLogger
 from grpo_fast.state import Steps, restore, resumed_logger
 
@@ -107,11 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 def _command(argv: list[str] | None) -> int:
     asked = parse(argv, TRAIN_REWARD)
     config = asked.config
-    keep_freed_memory()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    prepare_libraries(config.threads)
     device_named(config.device)
     rated = check_ratings(config)
     if asked.dry_run:
@@ -129,12 +121,7 @@ def _command(argv: list[str] | None) -> int:
     else:
         folder = run_folder(config.output_dir, config.name, config.backbone.model or "miniature-reward")
         logger = RunLogger.create(folder, config_toml=to_toml(config), wandb_project=wandb)
-    with Run(logger) as run:
-        try:
-            return train_reward(config, rated, run)
-        except Stopped:
-            run.progress.message(f"stopped; go on with: python -m grpo_fast.train_reward --resume {run.path}")
-            return 130
+    return run_to_the_end(logger, TRAIN_REWARD.module, lambda run: train_reward(config, rated, run))
 
 
 if __name__ == "__main__":

@@ -9,25 +9,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo_fast.config.check_reward import check_reward
-from grpo_fast.config.settings import MiniatureWorld
+from grpo_fast.config.settings import AdapterSettings, CommonConfig, MiniatureWorld
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneSettings:
+class BackboneSettings(AdapterSettings):
     """The model that the heads are put on."""
 
     model: str = ""
     """Folder or hub id of a decoder language model, or of a reward model to go on from; empty: the miniature's."""
     members: int = 1
     """Outputs of each head, each trained on its own sample of the labels; their spread tells how sure it is."""
-    lora_rank: int = 0
-    """Rank of the LoRA adapter, merged when the model is saved; 0 trains every weight."""
-    lora_alpha: float = 32.0
-    """LoRA: the adapter's output is scaled by alpha / rank."""
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    """LoRA: names of the linear layers that get an adapter; all-linear is every one but the heads."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: about a third more work, far less memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,21 +103,9 @@ class RewardRunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(CommonConfig):
     """Train a reward model that rates a reply on every objective at once, and measure how far it can be trusted."""
 
-    name: str = ""
-    """Name of the run and of its folder; empty: made from the model's name and the time."""
-    output_dir: str = "runs"
-    """Folder that holds the folders of the runs."""
-    seed: int = 0
-    """Seed of everything that is random."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N; auto takes a CUDA device when there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type (master weights are float32); auto: bfloat16 on a CUDA device, else float32."""
-    threads: int = 0
-    """CPU threads; 0: PyTorch's choice."""
     backbone: BackboneSettings = field(default_factory=BackboneSettings)
     """The model that the heads are put on."""
     data: RatingSettings = field(default_factory=RatingSettings)

@@ -19,21 +19,45 @@ Preset = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "vespo", "l
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicySettings:
-    """The model that is trained."""
+class CommonConfig:
+    """What every command has."""
 
-    model: str = ""
-    """Folder or hub id of a causal language model; empty: the miniature's own."""
+    name: str = ""
+    """Name of the run and of its folder; empty: made from the model's name and the time."""
+    output_dir: str = "runs"
+    """Folder that holds the folders of the runs."""
+    seed: int = 0
+    """Seed of everything that is random."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a CUDA device when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type (master weights are float32); auto: bfloat16 on a CUDA device, else float32."""
+    threads: int = 0
+    """CPU threads; 0: PyTorch's choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """Which of a model's weights are trained."""
+
     lora_rank: int = 0
     """Rank of the LoRA adapter; 0 trains every weight."""
     lora_alpha: float = 32.0
     """LoRA: the adapter's output is scaled by alpha / rank."""
     lora_targets: tuple[str, ...] = ("all-linear",)
     """LoRA: names of the linear layers that get an adapter; all-linear is every one but the head."""
-    merge_on_save: bool = False
-    """LoRA: save the merged model at the end instead of the adapter alone."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: about a third more work, far less memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings(AdapterSettings):
+    """The model that is trained."""
+
+    model: str = ""
+    """Folder or hub id of a causal language model; empty: the miniature's own."""
+    merge_on_save: bool = False
+    """LoRA: save the merged model at the end instead of the adapter alone."""
     liger: bool = False
     """Liger's RMSNorm, rotary embedding and gated MLP in the body of the model; needs a CUDA device."""
     backend: Literal["auto", "torch", "triton", "fused"] = "auto"
@@ -279,21 +303,9 @@ class MiniatureSettings(MiniatureWorld):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(CommonConfig):
     """Align a language model on several objectives at once with Group Relative Policy Optimization."""
 
-    name: str = ""
-    """Name of the run and of its folder; empty: made from the model's name and the time."""
-    output_dir: str = "runs"
-    """Folder that holds the folders of the runs."""
-    seed: int = 0
-    """Seed of everything that is random."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N; auto takes a CUDA device when there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type (master weights are float32); auto: bfloat16 on a CUDA device, else float32."""
-    threads: int = 0
-    """CPU threads; 0: PyTorch's choice."""
     policy: PolicySettings = field(default_factory=PolicySettings)
     """The model that is trained."""
     data: DataSettings = field(default_factory=DataSettings)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from grpo_fast.errors import UserError
+from grpo_fast.run.allocator import keep_freed_memory
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:
@@ -31,6 +32,18 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def prepare_libraries(threads: int) -> None:
+    """What every long command does first: quiet libraries, `threads` CPU threads (0: PyTorch's choice)."""
+    import torch
+    import transformers
+
+    keep_freed_memory()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    if threads:
+        torch.set_num_threads(threads)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
 """A run while it goes on: its folder, its display, and the wish to stop it."""
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +13,16 @@ from grpo_fast.run.progress import Progress
 
 class Stopped(Exception):
     """Ctrl-C or SIGTERM arrived; the step that was running has been finished."""
+
+
+def run_to_the_end(logger: RunLogger, module: str, body: Callable[["Run"], int]) -> int:
+    """Call `body` with the run; its exit code, or 130 when a signal stopped it, with the way to go on."""
+    with Run(logger) as run:
+        try:
+            return body(run)
+        except Stopped:
+            run.progress.message(f"stopped; go on with: python -m {module} --resume {run.path}")
+            return 130
 
 
 class Run:
@@ -43,7 +53,9 @@ class Run:
         """Start showing a phase of `steps` steps, `done` of which an earlier process took."""
         self._phase = phase
         self.progress.objectives = list(objectives)
-        earlier = [row for row in self.rows() if row["phase"] == phase and row["step"] <= done]
+        earlier = (
+            [row for row in self.rows() if row["phase"] == phase and row["step"] <= done] if done else []
+        )
         self.progress.phase(phase, steps, done=done, earlier=earlier)
 
     def step(self, step: int, scalars: Mapping[str, Any]) -> None:
