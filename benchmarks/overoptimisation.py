@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.overoptimisation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--labelled", type=int, default=600, help="labelled replies of the unaligned policy")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument(
+        "--lr", type=float, default=5e-4, help="twice the miniature's: pressure is the point here"
+    )
     parser.add_argument("--k", type=float, default=2.0, help="the lower bound is mean - k * spread")
     parser.add_argument("--folder", type=Path, default=Path("runs/overoptimisation"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overoptimisation.json"))
@@ -49,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs.append(
             {
                 "seed": seed,
-                "mean": _train(folder, "mean", seed, args.steps, models[:1], []),
+                "mean": _train(folder, "mean", seed, args, models[:1], []),
                 "lower_bound": _train(
-                    folder, "lower_bound", seed, args.steps, models, ["--reward.lower-bounds", *bounds]
+                    folder, "lower_bound", seed, args, models, ["--reward.lower-bounds", *bounds]
                 ),
             }
         )
@@ -63,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "labelled": args.labelled,
         "members": MEMBERS,
         "k": args.k,
+        "lr": args.lr,
         "runs": runs,
     }
     write_atomically(args.output, json.dumps(record, indent=1))
@@ -117,7 +121,7 @@ def _reward_models(folder: Path, seed: int, labelled: int) -> list[Path]:
 
 
 def _train(
-    folder: Path, name: str, seed: int, steps: int, models: Sequence[Path], flags: Sequence[str]
+    folder: Path, name: str, seed: int, args: Any, models: Sequence[Path], flags: Sequence[str]
 ) -> dict[str, Any]:
     """One run of GRPO from the start policy, and what came of it."""
     from grpo_fast.config.command_line import parse
@@ -130,20 +134,10 @@ def _train(
     run_dir = folder / name
     if (read_summary(run_dir) or {}).get("status") != "finished":
         shutil.rmtree(run_dir, ignore_errors=True)
-        words = [
-            "--seed",
-            seed,
-            "--name",
-            name,
-            "--output-dir",
-            folder,
-            "--run.steps",
-            steps,
-            "--run.eval-every",
-            5,
-        ]
-        words += ["--run.save-every", 0, "--loss.kl-coef", 0, "--reward.model", *models, *flags]
-        config = parse([str(word) for word in words]).config
+        words = f"--seed {seed} --name {name} --output-dir {folder} --run.steps {args.steps} --optim.lr {args.lr}".split()
+        words += ["--run.eval-every", "5", "--run.save-every", "0", "--loss.kl-coef", "0"]
+        words += ["--reward.model", *map(str, models), *flags]
+        config = parse(words).config
         with Run(RunLogger.create(run_dir, config_toml=to_toml(config))) as run:
             shutil.copytree(folder / "start" / "start", run_dir / "start")
             train(config, check_inputs(config), run)
