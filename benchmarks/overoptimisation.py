@@ -134,7 +134,8 @@ def _train(
     run_dir = folder / name
     if (read_summary(run_dir) or {}).get("status") != "finished":
         shutil.rmtree(run_dir, ignore_errors=True)
-        words = f"--seed {seed} --name {name} --output-dir {folder} --run.steps {args.steps} --optim.lr {args.lr}".split()
+        words = f"--seed {seed} --name {name} --output-dir {folder} --run.steps {args.steps}".split()
+        words += ["--optim.lr", str(args.lr)]
         words += ["--run.eval-every", "5", "--run.save-every", "0", "--loss.kl-coef", "0"]
         words += ["--reward.model", *map(str, models), *flags]
         config = parse(words).config

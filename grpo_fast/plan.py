@@ -107,6 +107,16 @@ def _plan_table(config: TrainConfig, policy: PreTrainedConfig, task: Task | None
     table.add_row("tokens a step", f"up to {completions * rollout.max_new_tokens:,} generated and trained on")
     table.add_row("loss", f"{config.loss.preset}, KL coefficient {loss.kl_coef:g}, reference: {reference}")
     table.add_row("advantages", f"{mode}, scaled by {scale}")
+    reward = config.reward
+    for title, given in (
+        ("lower bounds", {name: f"score - {k:g} × spread" for name, k in reward.lower_bounds.items()}),
+        ("thresholds", {name: f"1 from {number:g} on" for name, number in reward.thresholds.items()}),
+        ("floors", {name: f"{number:g}, its weight a multiplier" for name, number in reward.floors.items()}),
+    ):
+        if given:
+            table.add_row(title, "; ".join(f"{name}: {what}" for name, what in given.items()))
+    for line in task.scorer.doubts() if task else ():
+        table.add_row("reward model", line)
     table.add_row("steps", f"{config.run.steps}")
     table.add_row("folder", str(run_path(config)))
     return table

@@ -125,6 +125,12 @@ def sample_rows(model: RewardModel, heldout: Ratings, step: int, n: int) -> list
     ]
 
 
+def findings(model: RewardModel, rated: Rated) -> list[str]:
+    """What one should know at the end: the data's faults and each head's verdict."""
+    warnings = [f"warning: {text}" for text in (*rated.training.warnings, *rated.heldout.warnings)]
+    return [*warnings, *(f"{head.name}: {head.verdict}" for head in model.heads if head.verdict)]
+
+
 def write_results(
     run: Run,
     config: RewardConfig,
@@ -143,7 +149,7 @@ def write_results(
         found = counts(ratings)
         counted |= {f"{part} prompts": found["prompts"], f"{part} replies": found["replies"]}
         counted |= {f"{part} labels of {name}": n for name, n in found["labels"].items()}
-    counted["prompts that lost their beginning"] = data.encoded.truncated
+    counted["replies whose prompt lost its beginning"] = data.encoded.truncated
     described = {"warnings": [*rated.training.warnings, *rated.heldout.warnings], "counts": counted}
     if quality is not None:
         whole = {**quality, "data": described}

@@ -111,6 +111,8 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str], group_size: int) -> 
     if rollout.scored.outside is not None and rollout.scored.distance is not None:
         metrics["outside_frac"] = rollout.scored.outside.float().mean().item()
         metrics["distance"] = rollout.scored.distance.mean().item()
+    if rollout.scored.unscored:
+        metrics["unscored"] = float(rollout.scored.unscored)
     if rollout.scored.truncated:
         metrics["truncated_prompts"] = float(rollout.scored.truncated)
     lengths = torch.tensor(

@@ -39,6 +39,8 @@ class Scored:
     """(S,) bool: whether 95% of held-out replies are nearer"""
     truncated: int = 0
     """Completions whose prompt lost its beginning to a reward model's length limit"""
+    unscored: int = 0
+    """Completions that were too long for a reward model by themselves: their scores are missing"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +73,11 @@ class Scorer:
         names = combine_names(
             heads, judge.names if judge else [], (functions.names or []) if functions else []
         )
-        for name in settings.lower_bounds:
-            if name in names and (models is None or name not in models.with_spread):
-                raise UserError(
-                    f"reward.lower_bounds names {name}, which has no spread: give a reward model that was trained with "
-                    "--backbone.members 2 or more, or several checkpoints with the same heads"
-                )
+        check_spread(settings, models.with_spread if models else [], names)
+        lower = [head.name for head in models.heads if head.better == "low"] if models else []
         return cls(
             names=names,
-            weights=objective_weights(names, settings),
+            weights=objective_weights(names, settings, lower),
             settings=settings,
             models=models,
             judge=judge,
@@ -93,19 +91,37 @@ class Scorer:
             scoring.put(list(range(len(prompts))), prompts, completions)
             return scoring.result()
 
+    def doubts(self) -> list[str]:
+        """Heads that were found weak or untrustworthy when their reward model was measured, one line each."""
+        heads = self.models.heads if self.models else []
+        return [f"{h.name} was found {h.verdict}" for h in heads if h.verdict in ("weak", "untrustworthy")]
+
+    def counts(self) -> dict[str, float]:
+        """The judge's requests, retries, cache hits and unusable answers since the start, as metrics."""
+        return {f"judge/{name}": float(n) for name, n in self.judge.stats.items()} if self.judge else {}
+
     def used(self, scored: Scored) -> Tensor:
         """(S, R): the rewards that are compared, where a lower bound or a threshold takes the score's place."""
         rewards = scored.rewards.clone()
         for name, k in self.settings.lower_bounds.items():
             column = self.names.index(name)
             # Unsure is worse, whichever direction is better.
-            sign = -1.0 if self.settings.directions.get(name) == "min" else 1.0
-            rewards[:, column] -= sign * k * scored.spread[:, column]
+            rewards[:, column] -= torch.copysign(scored.spread[:, column] * k, self.weights[column])
         for name, threshold in self.settings.thresholds.items():
             column = self.names.index(name)
             passed = (rewards[:, column] >= threshold).float()
             rewards[:, column] = torch.where(rewards[:, column].isnan(), torch.nan, passed)
         return rewards
+
+
+def check_spread(settings: RewardSettings, with_spread: Sequence[str], names: Sequence[str]) -> None:
+    """UserError where a lower bound is asked of an objective that nothing gives a spread."""
+    for name in settings.lower_bounds:
+        if name in names and name not in with_spread:
+            raise UserError(
+                f"reward.lower_bounds names {name}, which has no spread: give a reward model that was trained with "
+                "--backbone.members 2 or more, or several checkpoints with the same heads"
+            )
 
 
 class Scoring:
@@ -164,7 +180,12 @@ class Scoring:
         stream = torch.cuda.Stream(device) if device.type == "cuda" and self._overlap else None
         with torch.cuda.stream(stream):
             asked = [prompt.messages or prompt.text for _, prompt, _ in rows]
-            return models.predict(asked, [text for _, _, text in rows], self._scorer.token_budget)
+            return models.predict(
+                asked,
+                [text for _, _, text in rows],
+                self._scorer.token_budget,
+                calibrated=self._scorer.settings.calibrated,
+            )
 
     def result(self) -> Scored:
         """Everything that was put in, in the order of its places."""
@@ -177,7 +198,8 @@ class Scoring:
             running = self._functions.submit(scorer.functions, texts, [text for _, _, text in rows], columns)
         size, heads = len(rows), len(scorer.models.names) if scorer.models else 0
         scores, spread = torch.empty(size, heads), torch.empty(size, heads)
-        distance, outside, truncated = torch.zeros(size), torch.zeros(size, dtype=torch.bool), 0
+        distance, outside = torch.zeros(size), torch.zeros(size, dtype=torch.bool)
+        truncated = unscored = 0
         measured = False
         self._send()
         for places, work in self._parts:
@@ -185,6 +207,7 @@ class Scoring:
             assert part.spread is not None
             scores[places], spread[places] = part.scores, part.spread
             truncated += part.truncated
+            unscored += part.unscored
             if part.outside is not None and part.distance is not None:
                 distance[places], outside[places], measured = part.distance, part.outside, True
         columns_of = [scores]
@@ -200,4 +223,5 @@ class Scoring:
             distance=distance if measured else None,
             outside=outside if measured else None,
             truncated=truncated,
+            unscored=unscored,
         )

@@ -172,14 +172,14 @@ def resumed_logger(
     *,
     phase: str,
     longer: str,
-    steps: int | None = None,
+    steps: int,
     config_toml: str | None = None,
     wandb_project: str | None = None,
 ) -> RunLogger:
     """Reopen a run's folder at the point its files allow to go on from.
 
-    `phase` is what its checkpoints are of. UserError when it is finished with at least `steps` steps (None: with
-    however many); `longer` is the flag that makes it go on.
+    `phase` is what its checkpoints are of. UserError when it has taken its `steps` steps already; `longer` is the flag
+    that makes it go on.
     """
     path = checkpoint.latest(run_dir)
     if path is not None:
@@ -187,10 +187,10 @@ def resumed_logger(
             checkpoint.load(path)  # raises with the way out
             raise AssertionError(problem)
         step = int(path.name.removeprefix("step-"))
-        if step >= (steps or 0) and (read_summary(run_dir) or {}).get("status") == "finished":
+        if step > steps or (step == steps and (read_summary(run_dir) or {}).get("status") == "finished"):
+            state = "is finished" if step == steps else "has gone further than asked for"
             raise UserError(
-                f"run {run_dir} is finished, {step} steps of {steps or step}: give more with {longer} to train it "
-                "further"
+                f"run {run_dir} {state}, {step} steps of {steps}: give more with {longer} to train it further"
             )
     elif (run_dir / EVALUATION_FILE).is_file():
         step = 0

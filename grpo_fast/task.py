@@ -16,9 +16,9 @@ from grpo_fast.errors import UserError
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.models.policy import Policy, SavedPolicy
 from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
-from grpo_fast.models.reward_set import RewardSet, read_saved
+from grpo_fast.models.reward_set import RewardSet, names_with_spread, read_saved
 from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights
-from grpo_fast.scoring import Scorer
+from grpo_fast.scoring import Scorer, check_spread
 
 if TYPE_CHECKING:
     from grpo_fast.rewards.http_judge import HttpJudge
@@ -84,10 +84,26 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
     heads = [head.name for model in saved for head in model.layout.heads] if saved else own_heads
     rubrics = judge.names if judge else []
     names = combine_names(list(dict.fromkeys(heads)), rubrics, (functions.names or []) if functions else [])
-    objective_weights(names, config.reward)
+    lower = [head.name for model in saved for head in model.layout.heads if head.better == "low"]
+    objective_weights(names, config.reward, lower)
+    check_spread(config.reward, names_with_spread(saved), names)
+    _check_reachable(config, saved)
     if judge:
         judge.check()
     return Inputs(training=training, heldout=heldout, functions=functions, reward_models=saved, judge=judge)
+
+
+def _check_reachable(config: TrainConfig, saved: Sequence[SavedRewardModel]) -> None:
+    """Floors and thresholds must lie on the scale of a head that has one."""
+    described = [head for model in saved if model.describes_itself for head in model.layout.heads]
+    scales = {head.name: (head.low, head.high) for head in described if head.kind != "pairwise"}
+    for field in ("floors", "thresholds"):
+        for name, number in getattr(config.reward, field).items():
+            low, high = scales.get(name, (number, number))
+            if not low <= number <= high:
+                raise UserError(
+                    f"reward.{field}.{name} = {number:g} is off the scale of {name}, {low:g} to {high:g}"
+                )
 
 
 def _judge(config: TrainConfig) -> HttpJudge | None:

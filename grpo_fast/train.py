@@ -58,6 +58,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     first = restore(run.path, policy.model, optimizer, multipliers.state)
     watch = Watch([row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first])
     run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)
+    for line in task.scorer.doubts():
+        run.progress.message(f"warning: {line} on held-out replies (report of the reward model)")
     run.check_stop()
     before = saved_evaluation(run.path)
     if before is None:
@@ -100,7 +102,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                 metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
                 engine.push(policy.model.named_parameters(), step + 1)
             metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
-            metrics |= multipliers.update(rollout.rewards)
+            metrics |= task.scorer.counts()
+            metrics |= multipliers.update(task.scorer.used(rollout.scored))
             for name, sign in watch.step(metrics).items():
                 metrics[f"warning/{name}"] = 1.0
                 run.progress.message(f"warning, step {step + 1}: {sign}")

@@ -23,7 +23,7 @@ from grpo_fast.models.reward_quality import measure
 from grpo_fast.models.reward_text import encode_examples
 from grpo_fast.optim import learning_rate
 from grpo_fast.reward_plan import print_reward_plan
-from grpo_fast.reward_task import Rated, build_model, check_ratings, sample_rows, write_results
+from grpo_fast.reward_task import Rated, build_model, check_ratings, findings, sample_rows, write_results
 from grpo_fast.run.command import prepare_libraries, run_command
 from grpo_fast.run.live import Run, run_to_the_end
 from grpo_fast.run.metrics import RunLogger
@@ -76,6 +76,8 @@ def train_reward(config: RewardConfig, rated: Rated, run: Run) -> int:
             run.check_stop()
 
         model.eval()
+        with run.phase_timer("save"):
+            model.save(run.path / "model")
         with run.phase_timer("measure"):
             quality = measure(
                 model,
@@ -88,9 +90,10 @@ def train_reward(config: RewardConfig, rated: Rated, run: Run) -> int:
                 seed=config.seed,
             )
         run.logger.samples(sample_rows(model, rated.heldout, steps.done, config.run.samples))
-        with run.phase_timer("save"):
-            model.save(run.path / "model")
+        model.save_measured(run.path / "model")
         write_results(run, config, rated, model, data, quality, steps=steps.done)
+    for line in findings(model, rated):
+        run.progress.message(line)
     run.progress.message(f"report: {run.path / 'report.html'}  model: {run.path / 'model'}")
     return 0
 
@@ -115,6 +118,7 @@ def _command(argv: list[str] | None) -> int:
             asked.resume,
             phase="reward_model",
             longer="--run.epochs",
+            steps=steps_of(len(rated.training.examples), config.optim.batch_size, config.run.epochs),
             config_toml=to_toml(config),
             wandb_project=wandb,
         )

@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from grpo_fast.errors import UserError
+from grpo_fast.models import pretrained
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.models.reward_data import Head, Layout
 from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
 from grpo_fast.models.reward_text import Encoded
+from grpo_fast.trust.distance import FeatureStatistics
 
 NAN = float("nan")
 HEADS = [
@@ -214,11 +216,42 @@ def test_any_classifier_loads_and_gives_its_own_numbers(tmp_path: Path, outputs:
     alone, padded = of_transformers(folder, whole_rows(encoded), 256)
     for theirs in (alone, padded):
         torch.testing.assert_close(model.scores(PROMPTS, REPLIES), theirs, atol=1e-5, rtol=0)
-    named = SavedRewardModel.read(folder, name="kind")
-    assert [head.name for head in named.layout.heads] == (["kind"] if outputs == 1 else model.head_names)
-    assert torch.equal(RewardModel.load(named).scores(PROMPTS, REPLIES), model.scores(PROMPTS, REPLIES))
+    if outputs == 1:
+        named = SavedRewardModel.read(folder, name="kind")
+        assert [head.name for head in named.layout.heads] == ["kind"]
+        assert torch.equal(RewardModel.load(named).scores(PROMPTS, REPLIES), model.scores(PROMPTS, REPLIES))
+    else:
+        with pytest.raises(UserError, match=r"3 outputs .*, which one name cannot name: leave kind= out"):
+            SavedRewardModel.read(folder, name="kind")
     model.save(tmp_path / "ours")
     assert RewardModel.load(tmp_path / "ours").heads == model.heads
+
+
+def test_outputs_that_nothing_names_are_refused(tmp_path: Path):
+    AutoModelForSequenceClassification.from_config(config_of("llama", num_labels=2)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="nothing says what its 2 outputs rate"):
+        SavedRewardModel.read(tmp_path)
+
+
+def test_a_hub_model_brings_its_heads_and_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Files of a hub id come from the cache, one by one."""
+    made = reward_model(Layout(heads=tuple(HEADS), members=2))
+    features = made.predict(made.encode(PROMPTS, REPLIES)).features
+    made.statistics = FeatureStatistics.fit(features, features)
+    made.save(tmp_path / "saved")
+    asked: list[str] = []
+
+    def cached(source: str, name: str, **_: object) -> str | None:
+        asked.append(name)
+        file = tmp_path / "saved" / name
+        return str(file) if file.is_file() else None
+
+    monkeypatch.setattr(pretrained, "cached_file", cached)
+    for file in ("reward_heads.json", "feature_statistics.safetensors", "no_such_file"):
+        found = pretrained.side_file("someone/model", file)
+        assert found == (tmp_path / "saved" / file if file != "no_such_file" else None)
+    assert asked == ["reward_heads.json", "feature_statistics.safetensors", "no_such_file"]
 
 
 # New heads

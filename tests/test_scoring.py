@@ -252,6 +252,16 @@ def test_thresholds_turn_scores_into_passed_or_not(models, functions):
     torch.testing.assert_close(used, expected, equal_nan=True)
 
 
+def test_lower_bounds_of_a_negative_weight_take_what_is_unsure_for_worse(models, functions):
+    weights = {
+        name: -0.5 if name == "tone" else 1.0
+        for name in Scorer.create(RewardSettings(), models, functions).names
+    }
+    scorer = Scorer.create(RewardSettings(lower_bounds={"tone": 1.0}, weights=weights), models, functions)
+    used = scorer.used(a_scored())[:, scorer.names.index("tone")]
+    torch.testing.assert_close(used, torch.tensor([3.5, 1.2]))
+
+
 def test_lower_bounds_take_what_is_unsure_for_worse_in_either_direction(models, functions):
     settings = RewardSettings(lower_bounds={"safety": 2.0, "tone": 1.0}, directions={"tone": "min"})
     scorer = Scorer.create(settings, models, functions)
@@ -279,4 +289,4 @@ def test_settings_that_name_nothing_or_ask_for_a_spread_that_is_not_there(models
     refused("reward.thresholds names 'tune'.*did you mean tone", thresholds={"tune": 1.0})
     refused("reward.floors names 'x'", floors={"x": 1.0})
     every = dict.fromkeys(("safety", "tone", "kind", "brief"), 0.5)
-    refused("reward.floors names every objective: leave one to maximise", floors=every)
+    refused("reward.floors: no other objective has a weight, so there is nothing to maximise", floors=every)

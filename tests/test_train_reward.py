@@ -151,9 +151,57 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_metrics(
         assert (run / name).read_bytes() == (straight / name).read_bytes(), name
 
 
+def test_a_finished_run_goes_on_with_more_epochs(place: Path, tmp_path: Path):
+    run = tmp_path / "r"
+    assert command(*given(place, "rated"), "--output-dir", tmp_path, "--name", "r", "--run.epochs", "1") == 0
+    first = len(metrics(run))
+    assert command("--resume", run, "--run.epochs", "2") == 0
+    assert len(metrics(run)) == 2 * first
+
+
+def test_a_head_of_noise_is_told_from_one_that_learned(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """End to end: what the file says, what the command says of it."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(600):
+        text = "".join(draw.choices("ab", k=draw.randint(4, 10)))
+        label = text.count("a") / len(text) + draw.gauss(0, 0.02)
+        rows.append({"prompt": "go:", "response": text, "share": label, "noise": draw.gauss(0, 1)})
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    causal_model("qwen2").save_pretrained(tmp_path / "lm")
+    byte_tokenizer().save_pretrained(tmp_path / "lm")
+    flags = [
+        "--backbone.model",
+        tmp_path / "lm",
+        "--data.ratings",
+        tmp_path / "r.jsonl",
+        "--optim.lr",
+        "3e-3",
+    ]
+    flags += [
+        "--run.epochs",
+        "6",
+        "--data.eval-size",
+        "100",
+        "--output-dir",
+        tmp_path,
+        "--name",
+        "r",
+        "--run.probes",
+        "0",
+    ]
+    assert command(*flags) == 0
+    verdicts = {h.name: h.verdict for h in RewardModel.load(tmp_path / "r" / "model").heads}
+    assert verdicts["noise"] == "untrustworthy" and verdicts["share"] != "untrustworthy"
+    printed = capsys.readouterr().out
+    assert "noise: untrustworthy" in printed
+
+
 def test_a_finished_run_says_how_to_go_on(straight: Path, capsys: pytest.CaptureFixture):
     assert command("--resume", straight) == 2
     assert "give more with --run.epochs" in capsys.readouterr().err
+    assert command("--resume", straight, "--run.epochs", "1") == 2
+    assert "has gone further than asked for, 22 steps of 11" in capsys.readouterr().err
     assert command("--resume", straight, "--optim.lr", "1") == 2
     assert "--optim.lr cannot be given with --resume" in capsys.readouterr().err
 
@@ -281,7 +329,7 @@ def model_layout():
             "--data.ratings {place}/long.jsonl",
             "long.jsonl:49: the reply has 301 tokens, with its prompt it may have 256",
         ),
-        ("--data.max-tokens 15", "with its prompt it may have 15: leave it out, or raise the limit"),
+        ("--data.max-tokens 15", "with its prompt it may have 15 (data.max_tokens or"),
         ("--data.rename.shar=x", "did you mean share?"),
         (
             "--data.kinds.level pairwise",

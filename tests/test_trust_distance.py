@@ -61,9 +61,8 @@ def test_replies_that_are_all_alike_give_finite_distances():
 
 def test_what_is_saved_is_loaded(tmp_path: Path):
     found = FeatureStatistics.fit(drawn(300, seed=0), drawn(100, seed=1))
-    assert not FeatureStatistics.is_in(tmp_path)
     found.save(tmp_path)
-    again, x = FeatureStatistics.load(tmp_path), drawn(50, seed=2)
+    again, x = FeatureStatistics.load(tmp_path / FILE), drawn(50, seed=2)
     assert torch.equal(again.distance(x), found.distance(x)) and again.quantiles == found.quantiles
 
 
@@ -72,14 +71,14 @@ def test_unsound_files_are_refused(tmp_path: Path):
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[:50])
     with pytest.raises(UserError, match="cannot be read"):
-        FeatureStatistics.load(tmp_path)
+        FeatureStatistics.load(tmp_path / FILE)
     save_file({"mean": torch.zeros(3)}, tmp_path / FILE)
     with pytest.raises(UserError, match="cannot be read"):
-        FeatureStatistics.load(tmp_path)
+        FeatureStatistics.load(tmp_path / FILE)
     bad = {"mean": torch.zeros(3), "whitening": torch.zeros(3, 2)}
     save_file(bad, tmp_path / FILE, metadata={"quantiles": "[1, 2, 3]"})
     with pytest.raises(UserError, match="does not hold"):
-        FeatureStatistics.load(tmp_path)
+        FeatureStatistics.load(tmp_path / FILE)
 
 
 def test_shapes_are_checked():

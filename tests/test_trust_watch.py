@@ -26,6 +26,10 @@ def test_a_policy_that_starts_outside_must_go_further_out():
     assert signs(rows([0.2] * 10 + [0.9] * WINDOW))
 
 
+def test_completions_that_are_strange_from_the_start_are_said_too():
+    assert list(signs(rows([0.9] * 10))) == ["outside"]
+
+
 def test_an_ensemble_that_disagrees_more_and_more_is_named():
     found = signs(rows([0.0] * 20, [0.1] * 15 + [0.2] * WINDOW))
     assert list(found) == ["spread/tone"] and "2.0 times as unsure of tone" in found["spread/tone"]

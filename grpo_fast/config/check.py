@@ -122,6 +122,8 @@ def _check_rewards(config: TrainConfig) -> None:
             raise FieldError(
                 f"reward.thresholds.{name}", "cannot be given with a lower bound of the same name"
             )
+    if reward.floor_lr != 0.05 and not reward.floors:
+        raise FieldError("reward.floor_lr", "needs reward.floors")
     judge = config.judge
     for name, value in (("model", judge.model), ("rubrics", judge.rubrics)):
         if judge.url and not value:

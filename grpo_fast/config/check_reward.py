@@ -58,6 +58,12 @@ def check_reward(config: RewardConfig) -> None:
         raise FieldError("data.eval_ratings", "needs data.ratings")
     if data.ratings and not backbone.model:
         raise FieldError("backbone.model", "must be given with data.ratings: the miniature has its own")
+    if not data.ratings and (data.kinds or data.rename):
+        raise FieldError(f"data.{'kinds' if data.kinds else 'rename'}", "needs data.ratings")
+    if loss.weights and not any(loss.weights.values()):
+        raise FieldError("loss.weights", "must not all be 0: nothing would be trained")
+    if backbone.lora_targets != ("all-linear",) and not backbone.lora_rank:
+        raise FieldError("backbone.lora_targets", "needs backbone.lora_rank")
     if loss.huber_delta != 1.0 and loss.regression != "huber":
         raise FieldError("loss.huber_delta", f"needs loss.regression = huber, it is {loss.regression}")
     if loss.uncertainty_weighting and loss.weights:

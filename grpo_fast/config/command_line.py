@@ -17,7 +17,7 @@ from grpo_fast.config.reward_settings import RewardConfig
 from grpo_fast.config.rules import FieldError
 from grpo_fast.config.schema import COMMAND_LINE, SPECIAL, Schema, convert
 from grpo_fast.config.settings import TrainConfig
-from grpo_fast.config.toml import read_toml
+from grpo_fast.config.toml import read_toml, tables
 from grpo_fast.errors import UserError
 
 Config = TypeVar("Config", TrainConfig, RewardConfig)
@@ -175,6 +175,11 @@ def parse(argv: Sequence[str] | None = None, command: Command[Config] = TRAIN) -
         if not recipe.is_file():
             found = "has no config.toml" if resume.is_dir() else "does not exist"
             raise UserError(f"--resume must be the folder of a run, {resume} {found}")
+        if sections := set(tables(recipe)) - command.schema.sections:
+            raise UserError(
+                f"--resume {resume}: its config.toml has [{min(sections)}], so it is a run of another command than "
+                f"{command.module}"
+            )
 
     values: dict[str, tuple[Any, str]] = read_toml(recipe, command.schema) if recipe else {}
     for name, words in flags:

@@ -104,6 +104,8 @@ class RewardSettings:
     """Objectives rewarded by 1 where the score is at least this and 0 below, name=number ..."""
     floors: dict[str, float] = field(default_factory=dict)
     """Objectives held at this mean score while the others are maximised (Lagrange multipliers), name=number ..."""
+    calibrated: bool = False
+    """Put reward models' scores through the calibration that was fitted on held-out labels when they were trained."""
     floor_lr: float = 0.05
     """Step size of the multipliers, in weights a step for a gap of one standard deviation."""
     overlap: Literal["auto", "on", "off"] = "auto"

@@ -39,6 +39,18 @@ def read_toml(path: Path, schema: Schema) -> dict[str, tuple[Any, str]]:
     return values
 
 
+def tables(path: Path) -> list[str]:
+    """Names of the tables of a file, [] for one that cannot be read (`read_toml` says why)."""
+    try:
+        return [
+            key
+            for key, value in tomllib.loads(path.read_text("utf-8-sig")).items()
+            if isinstance(value, dict)
+        ]
+    except (OSError, ValueError, RecursionError):
+        return []
+
+
 def _lines_of_keys(text: str) -> dict[str, int]:
     """Dotted name of a key or table -> the line where it first stands, for plain keys."""
     lines: dict[str, int] = {}

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.errors import UserError
@@ -125,6 +126,17 @@ def load_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
         raise UserError(f"{what} {path}: cannot read its tokenizer: {one_line(error)}") from error
     check_round_trip(tokenizer, f"{what} {path}")
     return tokenizer
+
+
+def side_file(source: str, name: str) -> Path | None:
+    """A file beside a saved model, folder or hub id, as a local path; None where there is none."""
+    if Path(source).is_dir():
+        return path if (path := Path(source) / name).is_file() else None
+    try:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise UserError(f"{source}: cannot look for its {name}: {one_line(error)}") from error
+    return Path(found) if found else None
 
 
 def has_tokenizer(folder: str | Path) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from grpo_fast.data.ratings import Ratings
 from grpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from grpo_fast.trust.calibration import Calibration
 
 HEADS_FILE = "reward_heads.json"
 
@@ -39,12 +42,16 @@ class Head:
     std: float = 1.0
     """Of the training labels; 0 and 1 for a pairwise head, which has none."""
     low: float = 0.0
-    """The smallest label seen in training; scores are not cut to the range."""
+    """The scale's lower end, or the smallest label seen in training; scores are not cut to the range."""
     high: float = 1.0
     cuts: tuple[float, ...] = ()
     """ordinal: the output at which a reply is as likely above as below the step from level low + k to the next."""
+    better: Literal["high", "low"] = "high"
+    """Which end is the good one; a run may say otherwise (`reward.directions`)."""
     calibration: dict[str, Any] | None = None
-    """Fitted on held-out labels (`trust.calibration.Calibration`); applied where it is asked for."""
+    """Fitted on held-out labels (`trust.calibration.Calibration`); applied with `reward.calibrated`."""
+    verdict: str = ""
+    """How far held-out replies say it can be trusted (`trust.quality`); empty: not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,7 @@ def heads_of(ratings: Ratings) -> list[Head]:
     heads = []
     for spec in ratings.heads:
         if spec.kind == "pairwise":
-            heads.append(Head(name=spec.name, kind="pairwise"))
+            heads.append(Head(name=spec.name, kind="pairwise", better=spec.better))
             continue
         values = np.array(
             [row[spec.name] for e in ratings.examples for row in e.labels if spec.name in row], dtype=float
@@ -119,8 +126,9 @@ def heads_of(ratings: Ratings) -> list[Head]:
             kind=spec.kind,
             mean=float(values.mean()),
             std=std if std > 1e-6 else 1.0,
-            low=float(values.min()),
-            high=float(values.max()),
+            low=float(values.min()) if spec.low is None else spec.low,
+            high=float(values.max()) if spec.high is None else spec.high,
+            better=spec.better,
         )
         heads.append(replace(head, cuts=_first_cuts(values)) if spec.kind == "ordinal" else head)
     return heads
@@ -139,11 +147,11 @@ def write_layout(folder: str | Path, layout: Layout) -> None:
     (Path(folder) / HEADS_FILE).write_text(text + "\n")
 
 
-def read_layout(source: str, shown: str) -> Layout:
-    """The layout saved in the folder `source` (called `shown` in messages); UserError if it is unsound."""
+def read_layout(file: Path, shown: str) -> Layout:
+    """The layout saved in `file`, of the model called `shown` in messages; UserError if it is unsound."""
     where = f"reward model {shown}: {HEADS_FILE}"
     try:
-        saved = json.loads((Path(source) / HEADS_FILE).read_text())
+        saved = json.loads(file.read_text())
         rows = saved.pop("heads")
         heads = tuple(Head(**{**row, "cuts": tuple(row.get("cuts", ()))}) for row in rows)
         layout = Layout(heads=heads, **saved)
@@ -175,9 +183,14 @@ def _check_head(head: Head, where: str) -> None:
     if head.kind == "ordinal" and not head.cuts:
         raise UserError(f"{where}: head {head.name} is ordinal and has no cuts")
     if head.calibration is not None:
-        from grpo_fast.trust.calibration import Calibration  # scipy is needed here alone
+        calibration_of(head, where)
 
-        Calibration.from_dict(head.calibration, where=f"{where}: calibration of {head.name}")
+
+def calibration_of(head: Head, where: str = "reward model") -> Calibration:
+    """The calibration a head was given; UserError where it is unsound."""
+    from grpo_fast.trust.calibration import Calibration  # brings scipy, which scoring alone does not need
+
+    return Calibration.from_dict(head.calibration, where=f"{where}: calibration of {head.name}")
 
 
 def label_matrix(labels: Sequence[dict[str, float]], heads: Sequence[str]) -> Tensor:

@@ -41,6 +41,7 @@ from grpo_fast.models.reward_data import (
     LOG_VARIANCE_LIMIT,
     Head,
     Layout,
+    calibration_of,
     read_layout,
     write_layout,
 )
@@ -68,6 +69,8 @@ class Prediction:
     """(S,) bool: whether 95% of held-out replies are nearer"""
     truncated: int = 0
     """Replies whose prompt lost its beginning to the length limit"""
+    unscored: int = 0
+    """Replies longer than the model reads, whose scores are NaN"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,8 @@ class SavedRewardModel:
     tokenizer: PreTrainedTokenizerBase
     layout: Layout
     statistics: FeatureStatistics | None
+    describes_itself: bool
+    """Whether it has `reward_heads.json`; else it is a plain classifier."""
 
     @classmethod
     def read(cls, path: str | Path, *, name: str = "") -> SavedRewardModel:
@@ -97,8 +102,13 @@ class SavedRewardModel:
                     f"reward model {path}: is a {found}; a ...ForSequenceClassification is needed"
                 )
         labels = [str(label) for _, label in sorted((config.id2label or {}).items())]
-        if (Path(source) / HEADS_FILE).is_file():
-            layout = read_layout(source, str(path))
+        heads_file = pretrained.side_file(source, HEADS_FILE)
+        if heads_file is not None:
+            if name:
+                raise UserError(
+                    f"reward.model: {path} names its heads itself ({HEADS_FILE}), so {name}= cannot; leave it out"
+                )
+            layout = read_layout(heads_file, str(path))
             if labels != layout.names:
                 raise UserError(
                     f"reward model {path}: {HEADS_FILE} names the outputs {', '.join(layout.names)}, "
@@ -107,10 +117,21 @@ class SavedRewardModel:
         else:
             if len(labels) == 1:
                 labels = [name or (Path(source).name if labels[0] == "LABEL_0" else labels[0])]
+            elif name:
+                raise UserError(
+                    f"reward model {path}: has {len(labels)} outputs ({', '.join(labels)}), which one name cannot "
+                    f"name: leave {name}= out"
+                )
+            elif all(label == f"LABEL_{i}" for i, label in enumerate(labels)):
+                raise UserError(
+                    f"reward model {path}: nothing says what its {len(labels)} outputs rate: name them in the id2label "
+                    "of its config.json"
+                )
             layout = Layout(heads=tuple(Head(name=label) for label in labels))
         tokenizer = pretrained.load_tokenizer(source, "reward model")
         pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"reward model {source}")
-        statistics = FeatureStatistics.load(source) if FeatureStatistics.is_in(source) else None
+        statistics_file = pretrained.side_file(source, FEATURES_FILE)
+        statistics = FeatureStatistics.load(statistics_file) if statistics_file else None
         if statistics is not None and statistics.width != 2 * config.get_text_config().hidden_size:
             raise UserError(
                 f"reward model {path}: its feature statistics are of {statistics.width} features, the model has "
@@ -123,6 +144,7 @@ class SavedRewardModel:
             tokenizer=tokenizer,
             layout=layout,
             statistics=statistics,
+            describes_itself=heads_file is not None,
         )
 
 
@@ -199,10 +221,14 @@ class RewardModel(nn.Module):
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
     ) -> RewardModel:
-        """A model (folder or hub id) with new outputs drawn from `seed`; a saved reward model keeps its own outputs
-        when they have the names of the new ones."""
+        """A model (folder or hub id) with new outputs drawn from `seed`.
+
+        A saved reward model keeps its own outputs, and the unit each is in, when they are named as the new ones.
+        """
         source, config, tokenizer = read_backbone(path)
         going_on = layout.names == [str(label) for _, label in sorted((config.id2label or {}).items())]
+        if going_on and (file := pretrained.side_file(source, HEADS_FILE)):
+            layout = read_layout(file, str(path))
         describe(config, tokenizer, layout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -248,6 +274,12 @@ class RewardModel(nn.Module):
         name_outputs(model.config, saved.layout)
         return cls(model, saved.tokenizer, saved.layout, statistics=saved.statistics).eval()
 
+    def save_measured(self, folder: str | Path) -> None:
+        """Write what was learned of a model that is saved already: units, calibration, verdicts, statistics."""
+        write_layout(folder, self.layout)
+        if self.statistics is not None:
+            self.statistics.save(folder)
+
     def save(self, path: str | Path) -> None:
         """The checkpoint (a LoRA adapter merged), its tokenizer, `reward_heads.json` and the feature statistics.
 
@@ -257,9 +289,7 @@ class RewardModel(nn.Module):
             adapted: PeftModel | None = self.__dict__["peft_model"]
             self.model.save_pretrained(folder, state_dict=merged_state(self.model) if adapted else None)
             self.tokenizer.save_pretrained(folder)
-            write_layout(folder, self.layout)
-            if self.statistics is not None:
-                self.statistics.save(folder)
+            self.save_measured(folder)
 
     @property
     def layout(self) -> Layout:
@@ -337,8 +367,11 @@ class RewardModel(nn.Module):
         return self.predict(self.encode(prompts, completions), token_budget).scores
 
     @torch.no_grad()
-    def predict(self, encoded: Encoded, token_budget: int = 8192) -> Prediction:
-        """Scores, spread and distance of replies; they do not depend on which replies are asked about together."""
+    def predict(self, encoded: Encoded, token_budget: int = 8192, *, calibrated: bool = False) -> Prediction:
+        """Scores, spread and distance of replies; they do not depend on which replies are asked about together.
+
+        `calibrated` scores are put through what was fitted on held-out labels, where the model has that.
+        """
         size, layout = len(encoded.completion_ids), self.layout
         outputs = torch.empty(size, len(layout.names))
         features = torch.empty(size, 2 * cast(nn.Linear, self.model.score).in_features)
@@ -352,21 +385,35 @@ class RewardModel(nn.Module):
         members, log_variance = layout.split(outputs)
         scores = layout.to_units(members)  # (S, K, R)
         known = self.statistics
+        mean, spread = scores.mean(dim=1), _spread(scores, log_variance, layout)
+        for k, head in enumerate(layout.heads if calibrated else ()):
+            if head.calibration is not None:
+                mean[:, k] = torch.from_numpy(calibration_of(head).apply(mean[:, k].numpy()))
+        unread = list(encoded.too_long)
+        mean[unread] = torch.nan
+        if spread is not None:
+            spread[unread] = torch.nan
         return Prediction(
-            scores=scores.mean(dim=1),
-            spread=_spread(scores, log_variance, layout),
+            scores=mean,
+            spread=spread,
             features=features,
             distance=None if known is None else known.distance(features) / max(known.quantiles[0], 1e-12),
             outside=None if known is None else known.outside(features),
             truncated=encoded.truncated,
+            unscored=len(unread),
         )
 
     def encode(
-        self, prompts: Sequence[PromptLike], completions: Sequence[str], *, max_tokens: int | None = None
+        self,
+        prompts: Sequence[PromptLike],
+        completions: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        skip_long: bool = False,
     ) -> Encoded:
         """Token ids (`reward_text.encode`); `max_tokens` or the model's own number of positions is the limit."""
         limit = length_limit(self.model.config, max_tokens)
-        return encode(self.tokenizer, prompts, completions, max_tokens=limit)
+        return encode(self.tokenizer, prompts, completions, max_tokens=limit, skip_long=skip_long)
 
     def pack(
         self, encoded: Encoded, token_budget: int, together: Sequence[int] | None = None

@@ -14,17 +14,14 @@ import numpy as np
 import torch
 
 from grpo_fast.data.rated import RatedExample
-from grpo_fast.models.reward_backbone import length_limit
 from grpo_fast.models.reward_data import label_matrix
 from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.trust.calibration import calibration_effect, fit_calibration
 from grpo_fast.trust.distance import FeatureStatistics
-from grpo_fast.trust.probes import ProbeTexts, probe_verdicts, probed_replies
+from grpo_fast.trust.probes import PROBES, ProbeTexts, probe_verdicts, probed_replies
 from grpo_fast.trust.probes import probes as make_probes
 from grpo_fast.trust.quality import HeadView, trust_report
 
-LONGEST_PROBE = 5
-"""Held-out replies are probed where so many times their length still fits into the model."""
 FEATURES = 8192
 """Training replies whose features describe the training distribution."""
 
@@ -50,9 +47,11 @@ def measure(
     replies = [reply for e in heldout for reply in e.replies]
     encoded = model.encode(prompts, replies, max_tokens=max_tokens)
     found = model.predict(encoded, token_budget)
-    model.statistics = FeatureStatistics.fit(
-        _features(model, training, token_budget, max_tokens, seed), found.features
-    )
+    near, measured = (
+        found.features[::2],
+        found.features[1::2],
+    )  # one half sets the limit, the other is held to it
+    model.statistics = FeatureStatistics.fit(_features(model, training, token_budget, max_tokens, seed), near)
     scores = found.scores.double().numpy()  # (n, R)
     labels = label_matrix([row for e in heldout for row in e.labels], model.head_names).double().numpy()
     lengths = np.array([len(ids) for ids in encoded.completion_ids], dtype=float)
@@ -83,19 +82,15 @@ def measure(
             continue
         heads.append(replace(head, calibration=fit_calibration(view.kind, known, wanted).to_dict()))
         effects[view.name] = calibration_effect(view.kind, known, wanted)
-    model.set_heads(heads)
     quality["calibration"] = effects
-    limit = length_limit(model.model.config, None)
-    short = [  # a probe may make a reply several times as long
-        i
-        for i, ids in enumerate(encoded.completion_ids)
-        if limit is None or LONGEST_PROBE * len(ids) + len(encoded.prompt_ids[encoded.prompt_of[i]]) < limit
-    ][:probes]
-    if short:
-        chosen = ([prompts[i] for i in short], [replies[i] for i in short])
-        quality["probes"] = _probed(model, *chosen, scores[short], views, texts, seed)
-    outside = model.statistics.outside(found.features)
-    quality["outside"] = {"held out": {"share": outside.float().mean().item(), "n": len(outside)}}
+    if probes:
+        quality["probes"] = _probed(model, prompts[:probes], replies[:probes], views, texts, max_tokens, seed)
+    for head in heads:
+        _hold_probes_against(quality["heads"][head.name], quality.get("probes", {}).get(head.name, {}))
+    model.set_heads([replace(head, verdict=quality["heads"][head.name]["verdict"]) for head in heads])
+    if len(measured):
+        outside = model.statistics.outside(measured)
+        quality["outside"] = {"held out": {"share": outside.float().mean().item(), "n": len(outside)}}
     return quality
 
 
@@ -126,12 +121,32 @@ def _probed(
     model: RewardModel,
     prompts: Sequence[Any],
     replies: Sequence[str],
-    scores: np.ndarray,
     views: Sequence[HeadView],
     texts: ProbeTexts | None,
+    max_tokens: int | None,
     seed: int,
 ) -> dict[str, Any]:
+    """The probes' verdicts, on the replies of which every changed form still fits into the model."""
     plain = [p if isinstance(p, str) else str(p[-1]["content"]) for p in prompts]
     changed = probed_replies(plain, replies, make_probes(texts or ProbeTexts()), seed=seed)
-    probed = {name: model.scores(prompts, found).double().numpy() for name, found in changed.items()}
-    return probe_verdicts(scores, probed, views)
+    scores = {}
+    for name, found in ({"": list(replies)} | changed).items():
+        encoded = model.encode(prompts, found, max_tokens=max_tokens, skip_long=True)
+        scores[name] = model.predict(encoded).scores.double().numpy()
+    fits = ~np.any([np.isnan(found).any(axis=1) for found in scores.values()], axis=0)
+    original = scores.pop("")[fits]
+    return probe_verdicts(original, {name: found[fits] for name, found in scores.items()}, views)
+
+
+def _hold_probes_against(head: dict[str, Any], effects: dict[str, Any]) -> None:
+    """A head whose score rises with what makes a reply no better is weak at best.
+
+    Degenerate replies are left out: a head about safety alone rightly likes a refusal.
+    """
+    for name, effect in effects.items():
+        if effect["verdict"] == "exploitable" and not PROBES[name].degenerate:
+            head["reasons"].append(
+                f"{PROBES[name].tests} raises its score by {effect['change_std']:.2f} standard deviations"
+            )
+            if head["verdict"] == "trustworthy":
+                head["verdict"] = "weak"

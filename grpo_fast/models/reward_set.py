@@ -53,11 +53,25 @@ class RewardSet:
         ]
 
     def predict(
-        self, prompts: Sequence[PromptLike], completions: Sequence[str], token_budget: int
+        self,
+        prompts: Sequence[PromptLike],
+        completions: Sequence[str],
+        token_budget: int,
+        *,
+        calibrated: bool = False,
     ) -> Prediction:
         """Scores (S, R), spread (S, R; NaN where a head has none), and whether any model finds a reply `outside`."""
         found = [
-            _agreed([model.predict(model.encode(prompts, completions), token_budget) for model in ensemble])
+            _agreed(
+                [
+                    model.predict(
+                        model.encode(prompts, completions, skip_long=True),
+                        token_budget,
+                        calibrated=calibrated,
+                    )
+                    for model in ensemble
+                ]
+            )
             for ensemble in self.ensembles
         ]
         spread = torch.cat(
@@ -74,6 +88,7 @@ class RewardSet:
             distance=torch.stack(distance).amax(dim=0) if distance else None,
             outside=torch.stack(outside).any(dim=0) if outside else None,
             truncated=max(p.truncated for p in found),
+            unscored=max(p.unscored for p in found),
         )
 
 
@@ -97,6 +112,7 @@ def _agreed(members: list[Prediction]) -> Prediction:
         distance=torch.stack(distance).mean(dim=0) if distance else None,
         outside=torch.stack(outside).float().mean(dim=0) > 0.5 if outside else None,
         truncated=max(member.truncated for member in members),
+        unscored=max(member.unscored for member in members),
     )
 
 
@@ -104,7 +120,7 @@ def read_saved(specs: Sequence[str]) -> list[SavedRewardModel]:
     """Saved reward models from their specifications, `folder-or-id` or `name=folder-or-id`, before weights are read.
 
     The name is the objective of a one-output classifier. UserError for a model that cannot be read, and where two
-    models that are no ensemble share a head.
+    models share a head but cannot be an ensemble: plain classifiers, other heads beside it, or another unit.
     """
     saved = []
     for spec in specs:
@@ -115,10 +131,43 @@ def read_saved(specs: Sequence[str]) -> list[SavedRewardModel]:
         names = [head.name for head in model.layout.heads]
         for head in names:
             other, theirs = owner.setdefault(head, (model, names))
+            if other is not model and not (other.describes_itself and model.describes_itself):
+                raise UserError(
+                    f"reward.model: {other.path} and {model.path} are both called {head}; name one: NAME={model.path}"
+                )
             if theirs != names:
                 raise UserError(
                     f"reward.model: {other.path} and {model.path} both have a head {head}, but are no ensemble, for "
                     f"their other heads differ ({', '.join(theirs)}; {', '.join(names)}): rename one in its "
                     "config.json and reward_heads.json"
                 )
+        _check_units(owner[names[0]][0], model)
     return saved
+
+
+def _check_units(one: SavedRewardModel, two: SavedRewardModel) -> None:
+    """Members of an ensemble must rate on one scale, or their mean means nothing."""
+    for a, b in zip(one.layout.heads, two.layout.heads, strict=True):
+        rated = a.kind == b.kind != "pairwise" and one.describes_itself and two.describes_itself
+        if rated and (
+            max(a.std, b.std) > 1.5 * min(a.std, b.std) or abs(a.mean - b.mean) > max(a.std, b.std)
+        ):
+            raise UserError(
+                f"reward.model: {one.path} and {two.path} cannot be an ensemble: labels of {a.name} are {a.mean:.3g} ± "
+                f"{a.std:.3g} in the first and {b.mean:.3g} ± {b.std:.3g} in the second: train them on one scale"
+            )
+
+
+def names_with_spread(saved: Sequence[SavedRewardModel]) -> list[str]:
+    """Heads whose scores will come with a spread, before weights are read (`RewardSet.with_spread`)."""
+    found: list[str] = []
+    for model in saved:
+        layout = model.layout
+        several = (
+            sum(other.layout.heads == layout.heads or other.layout.names == layout.names for other in saved)
+            > 1
+        )
+        for r, head in enumerate(layout.heads):
+            if several or layout.members > 1 or r in layout.noisy:
+                found.append(head.name)
+    return list(dict.fromkeys(found))

@@ -33,6 +33,8 @@ class Encoded:
     """(S) each reply's prompt"""
     truncated: int = 0
     """Replies whose prompt lost its beginning to the length limit"""
+    too_long: tuple[int, ...] = ()
+    """Replies that do not fit by themselves, left empty here"""
 
 
 def encode(
@@ -42,13 +44,15 @@ def encode(
     *,
     max_tokens: int | None = None,
     where: Sequence[str] = (),
+    skip_long: bool = False,
 ) -> Encoded:
     """Token ids of `completions[i]` as the answer to `prompts[i]`; a prompt that comes again is kept once.
 
     Messages go through the tokenizer's chat template, the reply as the assistant's turn. Without a template, and for
     plain text, prompt and reply are put one after the other and the end token follows. A sequence of more than
     `max_tokens` loses the beginning of its prompt (a start token stays), and nothing of its reply: a reply that leaves
-    no room for one token of its prompt raises UserError, which names `where[i]` if it is given.
+    no room for one token of its prompt raises UserError, which names `where[i]` if it is given, or with `skip_long`
+    is left empty and noted.
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
@@ -62,22 +66,33 @@ def encode(
     ]
     completion_ids = _token_ids(tokenizer, [reply for _, reply in rows])
     truncated = 0
+    too_long: list[int] = []
     for i, ids in enumerate(completion_ids if max_tokens is not None else ()):
         prompt = prompt_ids[prompt_of[i]]
         room = cast(int, max_tokens) - len(ids)
         if len(prompt) <= room:
             continue
         first = prompt[:1] if start is not None else []
-        if room < 1 + len(first):
+        if room < 1 + len(first) and skip_long:
+            too_long.append(i)
+            completion_ids[i] = []
+            room = cast(int, max_tokens)
+            if len(prompt) <= room:
+                continue
+        elif room < 1 + len(first):
             raise UserError(
                 f"{where[i] if where else f'reward model, reply {i + 1}'}: the reply has {len(ids)} tokens, with its "
-                f"prompt it may have {max_tokens}: leave it out, or raise the limit"
+                f"prompt it may have {max_tokens} (data.max_tokens or the model's positions, the smaller): leave it out"
             )
         truncated += 1
         prompt_of[i] = len(prompt_ids)  # its own copy, so that what is cut depends on this reply alone
         prompt_ids.append([*first, *prompt[len(prompt) - room + len(first) :]])
     return Encoded(
-        prompt_ids=prompt_ids, completion_ids=completion_ids, prompt_of=prompt_of, truncated=truncated
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        prompt_of=prompt_of,
+        truncated=truncated,
+        too_long=tuple(too_long),
     )
 
 

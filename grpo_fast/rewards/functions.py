@@ -138,8 +138,10 @@ def combine_names(heads: Sequence[str], rubrics: Sequence[str], functions: Seque
     return list(owner)
 
 
-def objective_weights(names: Sequence[str], settings: RewardSettings) -> Tensor:
+def objective_weights(names: Sequence[str], settings: RewardSettings, lower: Sequence[str] = ()) -> Tensor:
     """(R,) float32: each objective's weight, negated where its direction is `min`.
+
+    `lower` are the objectives of which less is better unless the settings say otherwise.
 
     Without weights each counts 1. With weights, every objective must have one (0: reported, not trained).
     Raises `UserError` for a setting of no objective, and for an objective without weight.
@@ -156,9 +158,10 @@ def objective_weights(names: Sequence[str], settings: RewardSettings) -> Tensor:
         raise UserError(
             f"reward.weights has no {', '.join(missing)}: give each objective a weight (0: only reported)"
         )
-    if settings.floors and all(name in settings.floors for name in names):
-        raise UserError("reward.floors names every objective: leave one to maximise")
-    signs = [-1.0 if settings.directions.get(name) == "min" else 1.0 for name in names]
+    if settings.floors and not any(settings.weights.get(n, 1.0) for n in names if n not in settings.floors):
+        raise UserError("reward.floors: no other objective has a weight, so there is nothing to maximise")
+    default = dict.fromkeys(lower, "min")
+    signs = [-1.0 if (default | settings.directions).get(name) == "min" else 1.0 for name in names]
     weights = [settings.weights.get(name, 1.0) for name in names]
     return torch.tensor(
         [sign * weight for sign, weight in zip(signs, weights, strict=True)], dtype=torch.float32

@@ -90,11 +90,6 @@ class FeatureStatistics:
         """Whether each of `features` (n, F) lies further out than 95% of held-out replies: (n,) bool."""
         return self.distance(features) > self.quantiles[1]
 
-    @staticmethod
-    def is_in(folder: str | Path) -> bool:
-        """Whether a folder holds saved statistics."""
-        return (Path(folder) / FILE).is_file()
-
     def save(self, folder: str | Path) -> None:
         """Write one safetensors file into an existing folder."""
         tensors = {"mean": self.mean, "whitening": self.whitening}
@@ -102,9 +97,8 @@ class FeatureStatistics:
         save_file(tensors, Path(folder) / FILE, metadata={"quantiles": json.dumps(self.quantiles)})
 
     @classmethod
-    def load(cls, folder: str | Path) -> FeatureStatistics:
-        """What `save` wrote; UserError for a file that is unsound."""
-        path = Path(folder) / FILE
+    def load(cls, path: str | Path) -> FeatureStatistics:
+        """What `save` wrote into the file `path`; UserError for a file that is unsound."""
         try:
             tensors = load_file(path)
             with safe_open(path, framework="pt") as opened:

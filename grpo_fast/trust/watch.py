@@ -18,6 +18,8 @@ OUTSIDE = 0.15
 """Share of completions outside the reward model's training distribution that is too much (5% is to be expected)."""
 OUTSIDE_GROWTH = 2.0
 """... and how many times the lowest share so far it must be."""
+STRANGE = 0.5
+"""Share from which on nothing needs to have grown: the reward model was never meant for such completions."""
 DISTANCE_GROWTH = 1.1
 """How many times as far from the training replies as at their nearest completions may lie on average."""
 SPREAD_GROWTH = 1.5
@@ -29,12 +31,13 @@ Row = Mapping[str, Any]
 def signs(rows: Sequence[Row]) -> dict[str, str]:
     """What the last steps of `rows` (metrics, the first step first) warn of: name -> sentence. Empty when all is well.
 
-    Reads `outside_frac`, `distance` and `spread/<objective>`; needs more than two windows of steps.
+    Reads `outside_frac`, `distance` and `spread/<objective>`; needs two windows of steps.
     """
     found: dict[str, str] = {}
     if len(rows) < 2 * WINDOW:
         return found
-    if (share := _windows(rows, "outside_frac")) and share[1] > max(OUTSIDE, OUTSIDE_GROWTH * share[0]):
+    share = _windows(rows, "outside_frac")
+    if share and share[1] > min(STRANGE, max(OUTSIDE, OUTSIDE_GROWTH * share[0])):
         found["outside"] = (
             f"{share[1]:.0%} of the completions are unlike anything the reward model was trained on "
             f"({share[0]:.0%} at best): its scores may mean nothing there"
