@@ -166,7 +166,9 @@ def test_a_head_of_noise_is_told_from_one_that_learned(tmp_path: Path, capsys: p
     for _ in range(600):
         text = "".join(draw.choices("ab", k=draw.randint(4, 10)))
         label = text.count("a") / len(text) + draw.gauss(0, 0.02)
-        rows.append({"prompt": "go:", "response": text, "share": label, "noise": draw.gauss(0, 1)})
+        rows.append(
+            {"prompt": f"go {len(rows)}:", "response": text, "share": label, "noise": draw.gauss(0, 1)}
+        )
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     causal_model("qwen2").save_pretrained(tmp_path / "lm")
     byte_tokenizer().save_pretrained(tmp_path / "lm")

@@ -57,6 +57,8 @@ class HeadSpec:
     low: float | None = None
     """The lower end of the scale where the schema or the kind fixes it (HelpSteer2: 0), else None."""
     high: float | None = None
+    better: Literal["high", "low"] = "high"
+    """Which end is the good one."""
 
 
 Notes = dict[tuple[str, str], list[str]]
