@@ -208,11 +208,12 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axis.plot(found["step"], found["reward"], "--", color=colour, lw=1, label=f"{label}: reward")
             axis.plot(found["step"], found["judge"], color=colour, lw=2, label=f"{label}: judge")
             if found["warned"]:
+                height = {"mean": 0.22, "lower_bound": 0.34}[name]
                 axis.axvline(found["warned"], color=colour, lw=0.8, ls=":")
-                axis.text(found["warned"] + 0.5, 0.33, "warning", rotation=90, color=colour, fontsize=8)
-        axis.set(title=f"seed {run['seed']}", xlabel="GRPO step")
+                axis.text(found["warned"] + 0.5, height, "warning", rotation=90, color=colour, fontsize=8)
+        axis.set(title=f"seed {run['seed']}", xlabel="GRPO step", ylim=(0.2, 1.0))
     axes[0, 0].set_ylabel("mean of four objectives")
-    axes[0, 0].legend(fontsize=7, loc="lower right", frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
