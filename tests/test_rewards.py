@@ -275,3 +275,10 @@ def test_names_of_heads_rubrics_and_functions():
         combine_names(["safety"], ["safety"], [])
     with pytest.raises(UserError, match="'kind' is a rubric and a reward function's too"):
         combine_names([], ["kind"], ["kind"])
+
+
+def test_objectives_of_which_less_is_better_are_lowered_unless_the_settings_say_otherwise():
+    names, lower = ["harm", "help"], ["harm"]
+    assert objective_weights(names, RewardSettings(), lower).tolist() == [-1.0, 1.0]
+    given = RewardSettings(directions={"harm": "max"})
+    assert objective_weights(names, given, lower).tolist() == [1.0, 1.0]

@@ -146,7 +146,7 @@ def _one_head(name: str, sources: list[Source], wanted: str | None) -> HeadSpec:
     elif kind == "ordinal":
         for source in sources:
             _check_values(source, name, "ordinal, so it must be a whole number", float.is_integer)
-    return HeadSpec(name=name, kind=kind, low=low, high=high)
+    return HeadSpec(name=name, kind=kind, low=low, high=high, better=first.heads[name].better)
 
 
 _BINARY: dict[str, Callable[[float], bool]] = {

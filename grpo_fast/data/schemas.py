@@ -222,7 +222,7 @@ def _beavertails(table: Table) -> Iterator[RatedExample]:
         if not isinstance(category, dict):
             raise UserError(f"{where}: category must be an object of true and false, got {shown(category)}")
         specs = [
-            table.heads.get(name) or HeadSpec(name=name, kind="binary", low=0.0, high=1.0)
+            table.heads.get(name) or HeadSpec(name=name, kind="binary", low=0.0, high=1.0, better="low")
             for name in category
         ]
         if IS_SAFE.name in category:
