@@ -39,13 +39,15 @@ class RunLogger:
         step: int,
         new: bool,
         earlier: Sequence[dict[str, Any]] = (),
+        made_parent: bool = False,
+        rewind: Callable[[], None] | None = None,
     ) -> None:
         """Use `create` or `resume`."""
         self.path = path
         self.phase_s: dict[str, float] = {}
         self._untouched = new
-        self._made_parent = False
-        self._rewind: Callable[[], None] | None = None
+        self._made_parent = made_parent
+        self._rewind = rewind
         self._step_phase_s: dict[str, float] = {}
         self._running: list[str] = []  # names of the phase timers now open, outermost first
         for row in earlier:
@@ -78,9 +80,9 @@ class RunLogger:
             raise UserError(f"run folder {path} already exists; go on with it: --resume {path}") from None
         except OSError as error:
             raise UserError(f"cannot create run folder {path}: {error.strerror or error}") from error
-        logger = cls(path, wandb_project=wandb_project, phase=PHASES[0], step=0, new=True)
-        logger._made_parent = made_parent
-        return logger
+        return cls(
+            path, wandb_project=wandb_project, phase=PHASES[0], step=0, new=True, made_parent=made_parent
+        )
 
     @classmethod
     def resume(
@@ -113,9 +115,15 @@ class RunLogger:
             if config_toml is not None:
                 write_atomically(path / "config.toml", config_toml)
 
-        logger = cls(path, wandb_project=wandb_project, phase=phase, step=step, new=False, earlier=metrics)
-        logger._rewind = rewind
-        return logger
+        return cls(
+            path,
+            wandb_project=wandb_project,
+            phase=phase,
+            step=step,
+            new=False,
+            earlier=metrics,
+            rewind=rewind,
+        )
 
     def __enter__(self) -> "RunLogger":
         return self
