@@ -30,7 +30,7 @@ def test_scales_that_differ_are_refused_and_rename_is_the_way_out():
     message = refused(helpsteer, ultra)
     assert message == (
         f"helpfulness is rated 0 to 4 in {helpsteer} and is rated 1 to 5 in {ultra}, another scale: give one of "
-        'them another name with rename, as in "ultrafeedback.jsonl:helpfulness=helpfulness_2"'
+        "them another name, as with --data.rename 'ultrafeedback.jsonl:helpfulness=helpfulness_2'"
     )
     ratings = read_ratings([helpsteer, ultra], rename={"ultrafeedback.jsonl:helpfulness": "help_5"})
     assert heads_of(ratings)["helpfulness"][1:] == (0, 4) and heads_of(ratings)["help_5"][1:] == (1, 5)
@@ -48,11 +48,11 @@ def test_ranges_of_columns_that_cannot_be_one_scale(tmp_path: Path):
     hundred = written(tmp_path / "hundred.jsonl", *scores(0, 100, prompt="q"))
     constant = written(tmp_path / "constant.jsonl", *scores(2, 2, prompt="z"))
     assert f"score goes from 0.5 to 10 in {ten} and goes from 0 to 100 in {hundred}" in refused(ten, hundred)
-    assert '"hundred.jsonl:score=score_2"' in refused(ten, hundred)
+    assert "--data.rename 'hundred.jsonl:score=score_2'" in refused(ten, hundred)
     renamed = written(tmp_path / "old.jsonl", *scores(0, 100, head="points"))
-    assert '"old.jsonl:points=score_2"' in refused(ten, renamed, rename={"points": "score"})
+    assert "--data.rename 'old.jsonl:points=score_2'" in refused(ten, renamed, rename={"points": "score"})
     assert len(read_ratings([ten, three, constant]).examples) == 6  # 9.5 is less than three times 3.3
-    assert '"less.jsonl:score=score_2"' in refused(ten, less)  # and more than three times 3.1
+    assert "--data.rename 'less.jsonl:score=score_2'" in refused(ten, less)  # and more than three times 3.1
     steer = written(
         tmp_path / "h.jsonl",
         *({**ROW, **HELPSTEER, "response": str(x), **dict.fromkeys(HELPSTEER, x)} for x in (0, 4)),
@@ -78,7 +78,7 @@ def test_two_sources_of_one_file_name(tmp_path: Path):
         (tmp_path / folder).mkdir()
         written(tmp_path / folder / "t.jsonl", *scores(*values, prompt=folder))
     one, two = str(tmp_path / "a" / "t.jsonl"), str(tmp_path / "b" / "t.jsonl")
-    assert f'"{two}:score=score_2"' in refused(one, two)
+    assert f"'{two}:score=score_2'" in refused(one, two)
     assert list(heads_of(read_ratings([one, two], rename={f"{two}:score": "score_2"}))) == [
         "score",
         "score_2",
@@ -90,7 +90,7 @@ def test_kinds_that_differ(tmp_path: Path):
     share = written(tmp_path / "share.jsonl", *scores(0.5, 1, prompt="q"))
     ones = written(tmp_path / "ones.jsonl", *scores(1, 1, prompt="s"))
     message = refused(yes, share)
-    assert f"score is binary in {yes} and regression in {share}: " in message and "kinds" in message
+    assert f"score is binary in {yes} and regression in {share}: " in message and "--data.kinds" in message
     assert heads_of(read_ratings([yes, share], kinds={"score": "binary"}))["score"] == ("binary", 0, 1)
     assert heads_of(read_ratings([ones, share]))["score"] == ("regression", None, None)
     assert heads_of(read_ratings([ones, yes]))["score"] == ("binary", 0, 1)
@@ -116,13 +116,13 @@ def test_kinds_are_what_the_user_says(tmp_path: Path):
     assert refused(half, kinds={"score": "ordinal"}) == (
         f"{half}:2: score is ordinal, so it must be a whole number, got 2.5"
     )
-    assert "kinds: score is regression in" in refused(levels, kinds={"score": "pairwise"})
+    assert "--data.kinds: score is regression in" in refused(levels, kinds={"score": "pairwise"})
     assert "cannot be binary" in refused(str(FILES / "preference.jsonl"), kinds={"preference": "binary"})
     assert refused(levels, kinds={"score": "ordnal"}) == (
-        "kinds: score must be one of regression, binary, ordinal, pairwise, got 'ordnal'; did you mean ordinal?"
+        "--data.kinds: score must be one of regression, binary, ordinal, pairwise, got 'ordnal'; did you mean ordinal?"
     )
     assert refused(levels, kinds={"scor": "ordinal"}) == (
-        "kinds: no source has a head 'scor', there are score; did you mean score?"
+        "--data.kinds: no source has a head 'scor', there are score; did you mean score?"
     )
 
 
@@ -134,7 +134,7 @@ def test_rename(tmp_path: Path):
     assert "two heads of" in refused(source, rename={"b": "score"})
     assert "must be printable" in refused(source, rename={"b": "a\nb"})
     assert refused(source, rename={"scores": "x"}) == (
-        "rename: no source has a head 'scores', there are score, b; did you mean score?"
+        "--data.rename: no source has a head 'scores', there are score, b; did you mean score?"
     )
     assert "did you mean r.jsonl:score?" in refused(source, rename={"q.jsonl:score": "x"})
     pairs = read_ratings([str(FILES / "pku-saferlhf.jsonl")], rename={"better": "", "safer": "harmless"})

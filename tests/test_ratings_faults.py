@@ -106,7 +106,7 @@ def test_a_fault_in_columns(tmp_path: Path, row: dict[str, Any], message: str):
         ({"messages": [SAID], "score": 1}, "messages must end with the assistant's reply, ends with 'user'"),
         ({"messages": "text", "score": 1}, "messages must be a list of chat messages, got 'text'"),
         ({"messages": [answer("b"), answer("a")], "score": 1}, "messages has no user's message to answer"),
-        ({"text": "a", "score": 1}, "no format fits the columns text, score: give format, one of columns, "),
+        ({"text": "a", "score": 1}, "no format fits the columns text, score: give --data.format, one of columns, "),
         ({}, "no format fits the columns (none): "),
         ({**PKU, "chosen": "a", "rejected": "b"}, "pku-saferlhf and preference both fit the columns prompt, "),
     ],
@@ -125,6 +125,7 @@ def test_faults_of_a_whole_source(tmp_path: Path):
     assert "ratings file" in refused(str(tmp_path / "a.txt"))
     assert refused() == "no ratings are given: name at least one file or data set"
     good = written(tmp_path / "c.jsonl", *scores(1, 2))
+    assert refused(good, format="helpster2").startswith("--data.format must be one of auto, columns, ")
     assert "did you mean helpsteer2?" in refused(good, format="helpster2")
     assert refused(good, format="preference") == (
         f"{good}:1: preference needs chosen, rejected, there are prompt, response, score"
@@ -145,7 +146,7 @@ def test_labels_that_are_all_equal(tmp_path: Path):
     other = written(tmp_path / "other.jsonl", *scores(4, prompt="q"))
     assert refused(same) == (
         "nothing can be learned of head score: 3 labels, all 3; rate more replies, or leave it out with "
-        'rename "score="'
+        "--data.rename 'score='"
     )
     assert len(read_ratings([same, other]).examples) == 4
     both = written(tmp_path / "both.jsonl", *({**row, "b": index} for index, row in enumerate(scores(3, 3))))

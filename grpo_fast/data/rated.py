@@ -95,6 +95,11 @@ def listed(names: Iterable[str]) -> str:
     return text if len(text) <= 150 else text[:149] + "…"
 
 
+def quoted(text: str) -> str:
+    """A text as one word of a POSIX shell, quoted whether it needs to be or not."""
+    return "'" + text.replace("'", "'\"'\"'") + "'"
+
+
 def prompt_key(prompt: str | Messages) -> str:
     """Equal for the same prompt: a plain text and a chat of that one user's message are the same."""
     if isinstance(prompt, str):

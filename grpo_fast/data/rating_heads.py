@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import cast
 
-from grpo_fast.data.rated import HeadSpec, Kind, RatedExample, listed, shown
+from grpo_fast.data.rated import HeadSpec, Kind, RatedExample, listed, quoted, shown
 from grpo_fast.data.records import one_line
 from grpo_fast.data.schemas import Table
 from grpo_fast.errors import UserError, did_you_mean
@@ -33,7 +33,7 @@ class Source:
 def renamed(found: list[tuple[Table, list[RatedExample]]], rename: Mapping[str, str]) -> list[Source]:
     for key, new in rename.items():
         if new and not (new.strip() and new.isprintable()):
-            raise UserError(f"rename: {shown(new)}, the new name of {shown(key)}, must be printable")
+            raise UserError(f"--data.rename: {shown(new)}, the new name of {shown(key)}, must be printable")
     unknown, known = dict.fromkeys(rename), []
     read = []
     for table, examples in found:
@@ -48,7 +48,7 @@ def renamed(found: list[tuple[Table, list[RatedExample]]], rename: Mapping[str, 
     for key in unknown:
         raise UserError(
             one_line(
-                f"rename: no source has a head {shown(key)}, there are "
+                f"--data.rename: no source has a head {shown(key)}, there are "
                 f"{listed(dict.fromkeys(head for table, _ in found for head in table.heads))}"
                 f"{did_you_mean(key, known)}"
             )
@@ -60,7 +60,9 @@ def _with_names(table: Table, examples: list[RatedExample], names: dict[str, str
     heads: dict[str, HeadSpec] = {}
     for old, new in names.items():
         if new in heads:
-            raise UserError(f"rename: two heads of {table.source} would be called {new}, one of them {old}")
+            raise UserError(
+                f"--data.rename: two heads of {table.source} would be called {new}, one of them {old}"
+            )
         if new:
             heads[new] = replace(table.heads[old], name=new)
     if any(old != new for old, new in names.items()):
@@ -106,7 +108,7 @@ def united(read: list[Source], kinds: Mapping[str, str]) -> list[HeadSpec]:
         if head not in names:
             hint = did_you_mean(head, names)
             raise UserError(
-                one_line(f"kinds: no source has a head {shown(head)}, there are {listed(names)}{hint}")
+                one_line(f"--data.kinds: no source has a head {shown(head)}, there are {listed(names)}{hint}")
             )
     return [
         _one_head(name, [source for source in read if name in source.heads], kinds.get(name))
@@ -120,7 +122,7 @@ def _one_head(name: str, sources: list[Source], wanted: str | None) -> HeadSpec:
         kind = source.heads[name].kind
         if wanted is not None and (wanted == "pairwise") != (kind == "pairwise"):
             raise UserError(
-                f"kinds: {name} is {kind} in {source.name} and cannot be {wanted}: pairs are compared, "
+                f"--data.kinds: {name} is {kind} in {source.name} and cannot be {wanted}: pairs are compared, "
                 "labels are fitted"
             )
     # Labels that are all equal tell nothing of their kind: 1 and 1 may stand on any scale.
@@ -132,7 +134,7 @@ def _one_head(name: str, sources: list[Source], wanted: str | None) -> HeadSpec:
         if wanted is None and other.heads[name].kind != first.heads[name].kind:
             raise UserError(
                 f"{name} is {first.heads[name].kind} in {first.name} and {other.heads[name].kind} in "
-                f"{other.name}: {_way_out(first, other, name)}, or say with kinds what it is"
+                f"{other.name}: {_way_out(first, other, name)}, or say with --data.kinds what it is"
             )
     kind = cast(Kind, wanted or first.heads[name].kind)
     for one, two in combinations(sources, 2):
@@ -196,4 +198,5 @@ def _way_out(one: Source, two: Source, name: str) -> str:
     """How to give the head of the second source a name of its own."""
     short = Path(two.name).name
     source = short if short != Path(one.name).name else two.name
-    return f'give one of them another name with rename, as in "{source}:{two.old_names[name]}={name}_2"'
+    entry = quoted(f"{source}:{two.old_names[name]}={name}_2")
+    return f"give one of them another name, as with --data.rename {entry}"

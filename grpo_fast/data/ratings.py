@@ -21,6 +21,7 @@ from grpo_fast.data.rated import (
     listed,
     note,
     prompt_key,
+    quoted,
     sentences,
     shown,
 )
@@ -70,7 +71,9 @@ def read_ratings(
     for head, kind in kinds.items():
         if kind not in KINDS:
             hint = did_you_mean(str(kind), KINDS)
-            raise UserError(f"kinds: {head} must be one of {', '.join(KINDS)}, got {shown(kind)}{hint}")
+            raise UserError(
+                f"--data.kinds: {head} must be one of {', '.join(KINDS)}, got {shown(kind)}{hint}"
+            )
     warnings: list[str] = []
     found = []
     for source in sources:
@@ -134,7 +137,7 @@ def _read_source(source: str, format: str, split: str) -> tuple[Table, list[Rate
     known = ("auto", *SCHEMAS)
     if format not in known:
         hint = did_you_mean(format, known)
-        raise UserError(f"format must be one of {', '.join(known)}, got {shown(format)}{hint}")
+        raise UserError(f"--data.format must be one of {', '.join(known)}, got {shown(format)}{hint}")
     try:
         records = list(read_records(source, split=split, what="ratings file"))
     except OSError as error:
@@ -165,7 +168,7 @@ def _detected(where: str, first: dict[str, Any]) -> str:
         return "columns"
     trouble = f"{' and '.join(fits)} both fit" if fits else "no format fits"
     raise UserError(
-        f"{where}: {trouble} the columns {listed(first) or '(none)'}: give format, one of "
+        f"{where}: {trouble} the columns {listed(first) or '(none)'}: give --data.format, one of "
         f"{', '.join(SCHEMAS)}; columns needs prompt, response and a column of numbers a head"
     )
 
@@ -246,5 +249,5 @@ def _check_varied(head: HeadSpec, values: list[float]) -> None:
     if head.kind != "pairwise" and min(values) == max(values):
         raise UserError(
             f"nothing can be learned of head {head.name}: {counted(len(values), 'label')}, all "
-            f'{values[0]:g}; rate more replies, or leave it out with rename "{head.name}="'
+            f"{values[0]:g}; rate more replies, or leave it out with --data.rename {quoted(head.name + '=')}"
         )
