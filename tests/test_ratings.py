@@ -101,6 +101,22 @@ def test_kinds_that_differ(tmp_path: Path):
     assert "pairwise in" in refused(yes, pair, rename={"score": "preference"})
 
 
+def test_the_good_end_goes_with_the_head_and_two_ends_are_refused(tmp_path: Path):
+    beaver = str(FILES / "beavertails.jsonl")
+    for options in ({"rename": {"animal_abuse": "cruel"}}, {"kinds": {"animal_abuse": "regression"}}):
+        ratings = read_ratings([beaver, beaver], **options)
+        assert ratings.heads[0].better == "low" and ratings.heads[-1].better == "high"
+    assert hold_out_ratings(read_ratings([beaver]), 0)[0].heads[0].better == "low"
+    yes = written(tmp_path / "yes.jsonl", *scores(0, 1, head="animal_abuse"))
+    ones = written(tmp_path / "ones.jsonl", *scores(1, 1, head="animal_abuse"))
+    for other in (yes, ones):
+        name = Path(other).name
+        assert refused(beaver, other) == (
+            f"animal_abuse is better low in {beaver} and better high in {other}: give one of them another "
+            f"name, as with --data.rename '{name}:animal_abuse=animal_abuse_2'"
+        )
+
+
 def test_kinds_are_what_the_user_says(tmp_path: Path):
     levels = written(tmp_path / "levels.jsonl", *scores(1, 2, 3))
     assert heads_of(read_ratings([levels]))["score"][0] == "regression"

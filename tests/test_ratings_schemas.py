@@ -100,7 +100,7 @@ def test_beavertails():
     assert [head.name for head in ratings.heads] == [*names, "is_safe"] and len(names) == 14
     assert "controversial_topics,politics" in names
     assert {(head.kind, head.low, head.high) for head in ratings.heads} == {("binary", 0.0, 1.0)}
-    assert [head.better for head in ratings.heads] == ["low"] * 14 + ["high"]  # harm is not to be maximised
+    assert [head.better for head in ratings.heads] == ["low"] * 14 + ["high"]
     assert (
         ratings.examples[1].labels[0]["animal_abuse"] == 1 and ratings.examples[1].labels[0]["is_safe"] == 0
     )

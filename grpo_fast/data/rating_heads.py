@@ -136,6 +136,13 @@ def _one_head(name: str, sources: list[Source], wanted: str | None) -> HeadSpec:
                 f"{name} is {first.heads[name].kind} in {first.name} and {other.heads[name].kind} in "
                 f"{other.name}: {_way_out(first, other, name)}, or say with --data.kinds what it is"
             )
+    better = sources[0].heads[name].better
+    for other in sources[1:]:  # equal labels too: which end is good stands in the schema, not in the values
+        if other.heads[name].better != better:
+            raise UserError(
+                f"{name} is better {better} in {sources[0].name} and better {other.heads[name].better} in "
+                f"{other.name}: {_way_out(sources[0], other, name)}"
+            )
     kind = cast(Kind, wanted or first.heads[name].kind)
     for one, two in combinations(sources, 2):
         _check_scales(name, one, two)
@@ -148,7 +155,7 @@ def _one_head(name: str, sources: list[Source], wanted: str | None) -> HeadSpec:
     elif kind == "ordinal":
         for source in sources:
             _check_values(source, name, "ordinal, so it must be a whole number", float.is_integer)
-    return HeadSpec(name=name, kind=kind, low=low, high=high, better=first.heads[name].better)
+    return HeadSpec(name=name, kind=kind, low=low, high=high, better=better)
 
 
 _BINARY: dict[str, Callable[[float], bool]] = {

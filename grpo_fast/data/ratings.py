@@ -61,8 +61,8 @@ def read_ratings(
     Repeated ratings and pairs are dropped and counted; contradictory ones stay and are counted.
 
     Raises `UserError` for sources that cannot be read or are of no known shape; for a label that is no
-    finite number, is off its scale or contradicts its kind; for a head that has different kinds or scales in
-    two sources, whose labels are all equal, or that `kinds` or `rename` name and no source has.
+    finite number, is off its scale or contradicts its kind; for a head that has different kinds, scales or
+    good ends in two sources, whose labels are all equal, or that `kinds` or `rename` name and no source has.
     """
     if isinstance(sources, str):  # a sequence of texts as well, of one letter each
         sources = [sources]

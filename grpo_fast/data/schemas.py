@@ -8,7 +8,7 @@ met. The public ones: HelpSteer2 (arXiv 2406.08673), UltraFeedback (arXiv 2310.0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def _column_head(table: Table, name: str) -> HeadSpec | None:
         return None
     spec = _head(table, HeadSpec(name=name, kind="regression"), given[0][0])
     if all(number(value, where, name) in (0, 1) for where, value in given):
-        spec = table.heads[name] = HeadSpec(name=name, kind="binary", low=0.0, high=1.0)
+        spec = table.heads[name] = replace(spec, kind="binary", low=0.0, high=1.0)
     return spec
 
 
@@ -217,6 +217,7 @@ def _aspects(table: Table, annotations: Any, where: str, name: str) -> dict[str,
 
 
 def _beavertails(table: Table) -> Iterator[RatedExample]:
+    """A reply is safe, or harmful in some of the categories: in these 1 is the bad end."""
     for where, columns in table.records:
         category = columns.get("category")
         if not isinstance(category, dict):
