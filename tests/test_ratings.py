@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,14 +233,29 @@ def rated(*prompts: str, head: str = "score") -> Ratings:
 
 
 def test_held_out_prompts_leave_training():
-    ratings = rated("a", "b", "a", "c", "d", "b", "e", "f")
+    ratings = rated(*"abcdefghijklmnopa")
     training, held = hold_out_ratings(ratings, 3)
-    assert [example.prompt for example in held.examples] == ["a", "a", "c", "e"]
-    assert [example.prompt for example in training.examples] == ["b", "d", "b", "f"]
+    assert [example.prompt for example in held.examples] == ["a", "f", "k", "a"]
+    assert [example.prompt for example in training.examples] == list("bcdeghijlmnop")
     assert training.heads == held.heads == ratings.heads
     assert (training.warnings, held.warnings) == (["w"], [])
     none, nothing = hold_out_ratings(ratings, 0)
     assert none == ratings and nothing.examples == []
+
+
+def test_no_more_than_a_fifth_of_the_prompts_is_held_out():
+    sixty = rated(*(f"p{index}" for index in range(60)))
+    training, held = hold_out_ratings(sixty, 600)
+    assert [example.prompt for example in held.examples] == [f"p{index}" for index in range(0, 60, 5)]
+    assert len(training.examples) == 48 and training.warnings == ["w"]
+    assert held.warnings == ["data.eval_size = 600, but there are 60 prompts: 12 are held out"]
+    for size, count in ((11, 11), (12, 12), (13, 12)):
+        held = hold_out_ratings(sixty, size)[1]
+        assert (len(held.examples), len(held.warnings)) == (count, size - count)
+    few = hold_out_ratings(rated("a", "b", "c"), 2)[1]
+    assert [example.prompt for example in few.examples] == ["a"]
+    assert few.warnings == ["data.eval_size = 2, but there are 3 prompts: 1 is held out"]
+    assert hold_out_ratings(rated("a", "b", "c"), 1)[1].warnings == []
 
 
 def test_a_chat_of_one_message_is_the_same_prompt_as_its_text():
@@ -253,12 +269,22 @@ def test_a_chat_of_one_message_is_the_same_prompt_as_its_text():
 
 
 def test_too_much_is_held_out():
-    with pytest.raises(UserError, match=r"^3 held-out of 3 prompts are too many: head score has no labels$"):
-        hold_out_ratings(rated("a", "b", "c"), 3)
+    two = [
+        replace(example, labels=({"score": value, "b": 1.0 - value},))
+        for example, value in zip(rated("a", "b").examples, (0.0, 1.0), strict=True)
+    ]
+    heads = [HeadSpec(name=name, kind="regression") for name in ("score", "b")]
+    with pytest.raises(UserError) as caught:
+        hold_out_ratings(Ratings(examples=two, heads=heads, warnings=[]), 600)
+    assert str(caught.value) == (
+        "--data.eval-size 600: 1 of 2 prompts is held out, and of what is left nothing can be learned of heads "
+        "score (1 label, all 1), b (1 label, all 0); rate more replies, or leave them out with "
+        "--data.rename 'score=' 'b='"
+    )
     with pytest.raises(
-        UserError, match=r"^2 held-out of 3 prompts are too many: nothing can be learned of head"
+        UserError, match=r"^--data.eval-size 1: 1 of 1 prompt is held out, .* score \(no labels"
     ):
-        hold_out_ratings(rated("a", "b", "c"), 2)
+        hold_out_ratings(rated("a"), 1)
     rare = RatedExample(
         prompt="z",
         replies=("a", "b"),

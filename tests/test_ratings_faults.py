@@ -145,12 +145,17 @@ def test_labels_that_are_all_equal(tmp_path: Path):
     same = written(tmp_path / "same.jsonl", *scores(3, 3, 3))
     other = written(tmp_path / "other.jsonl", *scores(4, prompt="q"))
     assert refused(same) == (
-        "nothing can be learned of head score: 3 labels, all 3; rate more replies, or leave it out with "
+        "nothing can be learned of head score (3 labels, all 3); rate more replies, or leave it out with "
         "--data.rename 'score='"
     )
     assert len(read_ratings([same, other]).examples) == 4
     both = written(tmp_path / "both.jsonl", *({**row, "b": index} for index, row in enumerate(scores(3, 3))))
     assert list(heads_of(read_ratings([both], rename={"score": ""}))) == ["b"]
+    rows = ({**row, "b": index, "it's": 0} for index, row in enumerate(scores(3, 3)))
+    assert refused(written(tmp_path / "two.jsonl", *rows)) == (
+        "nothing can be learned of heads score (2 labels, all 3), it's (2 labels, all 0); rate more replies, "
+        """or leave them out with --data.rename 'score=' 'it'"'"'s='"""
+    )
 
 
 # ---- anything ----
@@ -238,5 +243,6 @@ def test_any_rows_give_ratings_or_a_user_error(
     except UserError:
         return
     prompts = [{prompt_key(example.prompt) for example in side.examples} for side in (training, out)]
-    assert not prompts[0] & prompts[1] and len(prompts[1]) == held
+    most = max(1, len(prompts[0] | prompts[1]) // 5)
+    assert not prompts[0] & prompts[1] and len(prompts[1]) == min(held, most)
     assert len(training.examples) + len(out.examples) == len(ratings.examples)

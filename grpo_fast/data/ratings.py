@@ -92,8 +92,8 @@ def read_ratings(
     heads = [head for head in heads if head.name in observed]
     if not heads:
         raise UserError(f"nothing is rated in {listed(sources)}: every label is missing")
+    _check_varied(heads, observed)
     for head in heads:
-        _check_varied(head, observed[head.name])
         if len(observed[head.name]) < FEW:
             unit = "pair" if head.kind == "pairwise" else "label"
             warnings.append(f"head {head.name} has only {counted(len(observed[head.name]), unit)}")
@@ -103,30 +103,40 @@ def read_ratings(
 def hold_out_ratings(ratings: Ratings, size: int) -> tuple[Ratings, Ratings]:
     """(training ratings, held-out ratings): `size` prompts at even distances with all that is said of them.
 
-    Raises `UserError` when a head would have nothing left to learn from.
+    At most a fifth of the prompts, but at least one, is held out; the held-out side's warnings say so where
+    `size` is more.
+
+    Raises `UserError` when heads would have nothing left to learn from.
     """
     assert size >= 0, size
     keys = [prompt_key(example.prompt) for example in ratings.examples]
     prompts = list(dict.fromkeys(keys))
-    held = set(
-        prompts if size >= len(prompts) else (prompts[index * len(prompts) // size] for index in range(size))
-    )
+    taken = min(size, max(1, len(prompts) // 5), len(prompts))
+    held = {prompts[index * len(prompts) // taken] for index in range(taken)}
     sides: tuple[list[RatedExample], list[RatedExample]] = ([], [])
     for key, example in zip(keys, ratings.examples, strict=True):
         sides[key in held].append(example)
-    left, taken = map(observed_values, sides)
-    for head in ratings.heads:
-        try:
-            _check_varied(head, left.get(head.name, []))
-        except UserError as error:
-            raise UserError(
-                f"{size} held-out of {counted(len(prompts), 'prompt')} are too many: {error}"
-            ) from None
-    missing = [f"head {head.name} has no held-out labels" for head in ratings.heads if head.name not in taken]
-    return (
-        replace(ratings, examples=sides[0]),
-        replace(ratings, examples=sides[1], warnings=missing if size else []),
-    )
+    left, out = map(observed_values, sides)
+    are = "is" if taken == 1 else "are"
+    try:
+        _check_varied(ratings.heads, left)
+    except UserError as error:
+        raise UserError(
+            f"--data.eval-size {size}: {taken} of {counted(len(prompts), 'prompt')} {are} held out, and of "
+            f"what is left {error}"
+        ) from None
+    warnings = []
+    if size > taken:
+        there = "is" if len(prompts) == 1 else "are"
+        warnings.append(
+            f"data.eval_size = {size}, but there {there} {counted(len(prompts), 'prompt')}: {taken} {are} "
+            "held out"
+        )
+    if size:
+        warnings += [
+            f"head {head.name} has no held-out labels" for head in ratings.heads if head.name not in out
+        ]
+    return replace(ratings, examples=sides[0]), replace(ratings, examples=sides[1], warnings=warnings)
 
 
 # ---- one source ----
@@ -243,11 +253,19 @@ def _compact(
     )
 
 
-def _check_varied(head: HeadSpec, values: list[float]) -> None:
-    if not values:
-        raise UserError(f"head {head.name} has no labels")
-    if head.kind != "pairwise" and min(values) == max(values):
+def _check_varied(heads: Sequence[HeadSpec], observed: Mapping[str, list[float]]) -> None:
+    """UserError that names every head of which nothing can be learned."""
+    flat = {}
+    for head in heads:
+        values = observed.get(head.name, [])
+        if not values:
+            flat[head.name] = "no pairs" if head.kind == "pairwise" else "no labels"
+        elif head.kind != "pairwise" and min(values) == max(values):
+            flat[head.name] = f"{counted(len(values), 'label')}, all {values[0]:g}"
+    if flat:
+        said = ", ".join(f"{name} ({why})" for name, why in flat.items())
+        entries = " ".join(quoted(f"{name}=") for name in flat)
         raise UserError(
-            f"nothing can be learned of head {head.name}: {counted(len(values), 'label')}, all "
-            f"{values[0]:g}; rate more replies, or leave it out with --data.rename {quoted(head.name + '=')}"
+            f"nothing can be learned of head{'s' * (len(flat) > 1)} {said}; rate more replies, or leave "
+            f"{'it' if len(flat) == 1 else 'them'} out with --data.rename {entries}"
         )
