@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import pytest
 from rating_cases import FILES, HELPSTEER, ROW, heads_of, refused, scores, written
@@ -104,8 +105,10 @@ def test_kinds_that_differ(tmp_path: Path):
 
 def test_the_good_end_goes_with_the_head_and_two_ends_are_refused(tmp_path: Path):
     beaver = str(FILES / "beavertails.jsonl")
-    for options in ({"rename": {"animal_abuse": "cruel"}}, {"kinds": {"animal_abuse": "regression"}}):
-        ratings = read_ratings([beaver, beaver], **options)
+    for ratings in (
+        read_ratings([beaver, beaver], rename={"animal_abuse": "cruel"}),
+        read_ratings([beaver, beaver], kinds={"animal_abuse": "regression"}),
+    ):
         assert ratings.heads[0].better == "low" and ratings.heads[-1].better == "high"
     assert hold_out_ratings(read_ratings([beaver]), 0)[0].heads[0].better == "low"
     yes = written(tmp_path / "yes.jsonl", *scores(0, 1, head="animal_abuse"))
@@ -208,6 +211,103 @@ def test_enough_labels_give_no_warning(tmp_path: Path):
     assert read_ratings([written(tmp_path / "a.jsonl", *scores(*range(20)))]).warnings == []
     assert read_ratings([written(tmp_path / "a.jsonl", *scores(*range(19)))]).warnings == [
         "head score has only 19 labels"
+    ]
+
+
+def test_a_column_that_is_nearly_binary(tmp_path: Path):
+    rows = scores(*[0, 1] * 9, 2, 0.5)
+    source = written(tmp_path / "y.jsonl", *rows)
+    said = (
+        f"head score is taken for a regression: 2 of 20 values are neither 0 nor 1, the first 2 at {source}:19; "
+        "if it is a yes or no, --data.kinds score=binary refuses by line what is not in 0 to 1"
+    )
+    assert read_ratings([source]).warnings == [said]
+    assert refused(source, kinds={"score": "binary"}) == (
+        f"{source}:19: score is binary, so it must be 0 to 1, got 2"
+    )
+    assert read_ratings([source], kinds={"score": "regression"}).warnings == []
+    named = read_ratings([source], rename={"score": "is it"}).warnings
+    assert len(named) == 1 and "--data.kinds 'is it=binary' refuses" in named[0]
+    more = written(tmp_path / "more.jsonl", *rows[1:])  # 17 of 19 are less than nine tenths
+    assert read_ratings([more]).warnings == ["head score has only 19 labels"]
+    one = written(tmp_path / "one.jsonl", *rows[:19])
+    assert f"1 of 19 values is neither 0 nor 1, the first 2 at {one}:19" in read_ratings([one]).warnings[1]
+
+
+def test_labels_far_off_the_others(tmp_path: Path):
+    source = written(tmp_path / "s.jsonl", *scores(*range(1, 11), 400, *range(1, 10)))
+    said = "1 label is more than 8 standard deviations of the others from their mean, the first 400 at"
+    assert read_ratings([source]).warnings == [f"head score: {said} {source}:11"]
+    assert len(read_ratings([source], kinds={"score": "ordinal"}).warnings) == 1
+    few = written(tmp_path / "few.jsonl", *scores(*range(1, 11), 400, *range(1, 9)))
+    assert read_ratings([few]).warnings == ["head score has only 19 labels"]
+    twice = written(tmp_path / "twice.jsonl", *scores(*range(10), 1e30, *range(200), -1e30))
+    assert (
+        f"2 labels are more than 8 standard deviations of the others from their mean, the first 1e+30 at {twice}:11"
+        in (read_ratings([twice]).warnings[0])
+    )
+
+
+@pytest.mark.parametrize("away", [7.99, -7.99, 8.01, -8.01])
+def test_far_is_eight_deviations_of_the_others(tmp_path: Path, away: float):
+    others = [3 + value / 10 for value in range(40)]
+    value = fmean(others) + away * pstdev(others)
+    source = written(tmp_path / "s.jsonl", *scores(*others, value))
+    warnings = read_ratings([source]).warnings
+    assert len(warnings) == (abs(away) > 8) and all(
+        f"the first {value:g} at {source}:41" in w for w in warnings
+    )
+
+
+def test_what_a_fixed_scale_allows_is_not_far_off(tmp_path: Path):
+    rows = [
+        {**ROW, "response": str(index), **dict.fromkeys(HELPSTEER, 0 if index == 7 else 4 - index % 20 // 19)}
+        for index in range(300)
+    ]
+    assert read_ratings([written(tmp_path / "h.jsonl", *rows)]).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [
+        ((0, 10), False),
+        ((0, 8.4), True),  # its upper end is off by 16%
+        ((0.8, 9.2), False),  # 10 is 1.19 times 8.4
+        ((0.9, 9.1), True),  # and 1.22 times 8.2
+        ((1.4, 11.4), False),
+        ((1.6, 11.6), True),
+        ((-1.6, 8.4), True),
+        ((7, 7), False),
+        ((11, 11), False),
+        ((12, 12), True),
+        ((-2, -2), True),
+    ],
+)
+def test_ranges_that_may_be_two_scales(tmp_path: Path, values: tuple[float, float], warned: bool):
+    ten = written(tmp_path / "ten.jsonl", *scores(0, 10))
+    other = written(tmp_path / "other.jsonl", *scores(*values, prompt="q"))
+    for one, two in ((ten, other), (other, ten)):
+        said = [line for line in read_ratings([one, two]).warnings if "two scales" in line]
+        assert len(said) == warned
+    if warned:
+        assert read_ratings([ten, other]).warnings[-1] == (
+            f"score goes from 0 to 10 in {ten} and goes from {values[0]:g} to {values[1]:g} in {other}: if these are "
+            "two scales, give one of them another name, as with --data.rename 'other.jsonl:score=score_2'"
+        )
+    apart = (
+        read_ratings([ten, other], rename={"other.jsonl:score": "score_2"}) if values[0] < values[1] else None
+    )
+    assert apart is None or not any("two scales" in line for line in apart.warnings)
+
+
+def test_a_column_beside_a_fixed_scale_and_equal_fixed_scales(tmp_path: Path):
+    rows = [{**ROW, "response": str(x), **dict.fromkeys(HELPSTEER, x)} for x in (0, 3)]
+    steer, again = (written(tmp_path / name, *rows[:size]) for name, size in (("h.jsonl", 2), ("g.jsonl", 1)))
+    thirds = written(tmp_path / "thirds.jsonl", *scores(0, 3, head="helpfulness"))
+    said = read_ratings([steer, again, thirds]).warnings
+    assert [line.split(":")[0] for line in said if "two scales" in line] == [
+        f"helpfulness is rated 0 to 4 in {source} and goes from 0 to 3 in {thirds}"
+        for source in (steer, again)
     ]
 
 

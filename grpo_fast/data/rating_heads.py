@@ -6,14 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from shlex import quote
+from statistics import fmean
 from typing import cast
 
-from grpo_fast.data.rated import HeadSpec, Kind, RatedExample, listed, quoted, shown
+from grpo_fast.data.rated import HeadSpec, Kind, RatedExample, counted, listed, quoted, shown
 from grpo_fast.data.records import one_line
 from grpo_fast.data.schemas import Table
 from grpo_fast.errors import UserError, did_you_mean
 
 RANGE_RATIO = 3.0  # two unscaled sources whose ranges differ by more are taken to be on different scales
+DOUBTFUL_RATIO = 1.2  # and with more than this they may be
+DOUBTFUL_SHIFT = 0.15  # of the wider range, between the lower or the upper ends of two ranges
+MOSTLY_BINARY = 0.9  # of a column's values are 0 or 1: it may be meant as binary
+FAR = 8.0  # standard deviations of the other labels from their mean: it may be a slip
+ENOUGH = 20  # labels, to say of one that it is far off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,14 +177,30 @@ def _fixed(source: Source, name: str) -> tuple[float, float] | None:
     return None if source.guessed or spec.low is None or spec.high is None else (spec.low, spec.high)
 
 
-def _check_scales(name: str, one: Source, two: Source) -> None:
-    """UserError for two fixed scales that differ, a label off the other's fixed scale, or unlike ranges."""
+def _ends(name: str, one: Source, two: Source) -> list[tuple[float, float]]:
+    """The scale of a head in two sources: its fixed ends or the observed ones. Empty where one has none."""
     ends = []
     for source in (one, two):
         values = source.observed.get(name)
         if not values or source.heads[name].kind == "pairwise":
-            return
+            return []
         ends.append(_fixed(source, name) or (min(values), max(values)))
+    return ends
+
+
+def _scales(name: str, ends: list[tuple[float, float]], one: Source, two: Source) -> str:
+    said = [
+        f"{'is rated' if _fixed(source, name) else 'goes from'} {low:g} to {high:g} in {source.name}"
+        for (low, high), source in zip(ends, (one, two), strict=True)
+    ]
+    return f"{name} {said[0]} and {said[1]}"
+
+
+def _check_scales(name: str, one: Source, two: Source) -> None:
+    """UserError for two fixed scales that differ, a label off the other's fixed scale, or unlike ranges."""
+    ends = _ends(name, one, two)
+    if not ends:
+        return
     fixed = [_fixed(source, name) is not None for source in (one, two)]
     narrow, wide = sorted(high - low for low, high in ends)
     unlike = all(fixed) and ends[0] != ends[1]
@@ -185,11 +208,85 @@ def _check_scales(name: str, one: Source, two: Source) -> None:
         scale, seen = ends if fixed[0] else ends[::-1]
         unlike = seen[0] < scale[0] or seen[1] > scale[1]
     if unlike or (narrow > 0 and wide > RANGE_RATIO * narrow):
-        said = [
-            f"{'is rated' if known else 'goes from'} {low:g} to {high:g} in {source.name}"
-            for (low, high), known, source in zip(ends, fixed, (one, two), strict=True)
-        ]
-        raise UserError(f"{name} {said[0]} and {said[1]}, another scale: {_way_out(one, two, name)}")
+        said = _scales(name, ends, one, two)
+        raise UserError(f"{said}, another scale: {_way_out(one, two, name)}")
+
+
+def doubts(
+    read: Sequence[Source], kept: Sequence[RatedExample], heads: Sequence[HeadSpec], kinds: Mapping[str, str]
+) -> list[str]:
+    """One line for whatever is no fault but looks like one. `kept`: the examples of all sources, each once."""
+    places: dict[str, list[tuple[float, str]]] = {}
+    for example in kept:
+        for labels in example.labels:
+            for name, value in labels.items():
+                places.setdefault(name, []).append((value, example.where))
+    found = []
+    for head in heads:
+        sources = [source for source in read if head.name in source.heads]
+        if head.kind == "regression" and head.name not in kinds:
+            found += [line for source in sources if (line := _nearly_binary(head.name, source))]
+        if head.kind in ("regression", "ordinal"):
+            if head.low is None:  # what a fixed scale allows is no slip, however rare
+                found += _far_off(head.name, places.get(head.name, []))
+            found += [line for one, two in combinations(sources, 2) if (line := _unlike(head.name, one, two))]
+    return found
+
+
+def _nearly_binary(name: str, source: Source) -> str:
+    values = source.observed.get(name, [])
+    odd = sum(value not in (0, 1) for value in values)
+    if not source.guessed or not odd or len(values) - odd < MOSTLY_BINARY * len(values):
+        return ""
+    value, where = next(
+        (labels[name], example.where)
+        for example in source.examples
+        for labels in example.labels
+        if name in labels and labels[name] not in (0, 1)
+    )
+    return (
+        f"head {name} is taken for a regression: {odd} of {counted(len(values), 'value')} "
+        f"{'is' if odd == 1 else 'are'} neither 0 nor 1, the first {value:g} at {where}; if it is a yes or no, "
+        f"--data.kinds {quote(f'{name}=binary')} refuses by line what is not in 0 to 1"
+    )
+
+
+def _far_off(name: str, labels: list[tuple[float, str]]) -> list[str]:
+    """Labels far from the mean of the others; more than one in 65 that are equal are no longer far."""
+    if len(labels) < ENOUGH:
+        return []
+    values = [value for value, _ in labels]
+    mean, others = fmean(values), len(values) - 1
+    square = sum((value - mean) ** 2 for value in values)
+    far = []
+    for value, where in labels:
+        # Without the label the mean moves away from it, and its share of the squares is gone.
+        away = (value - mean) * len(values) / others
+        spread = max(square - away * (value - mean), 0.0) / others
+        if away**2 > FAR**2 * spread:
+            far.append((value, where))
+    if not far:
+        return []
+    are = "is" if len(far) == 1 else "are"
+    return [
+        f"head {name}: {counted(len(far), 'label')} {are} more than {FAR:g} standard deviations of the others "
+        f"from their mean, the first {far[0][0]:g} at {far[0][1]}"
+    ]
+
+
+def _unlike(name: str, one: Source, two: Source) -> str:
+    """Said of two ranges of visibly different widths or places."""
+    ends = _ends(name, one, two)
+    if not ends:
+        return ""
+    narrow, wide = sorted(high - low for low, high in ends)
+    (low, high), (other_low, other_high) = ends
+    shifts = [abs(low - other_low), abs(high - other_high)]
+    if narrow == 0:  # one value tells no range, only whether it lies off the other's
+        shifts = [max(low, other_low) - min(high, other_high)]
+    if wide > DOUBTFUL_RATIO * narrow > 0 or max(shifts) > DOUBTFUL_SHIFT * wide > 0:
+        return f"{_scales(name, ends, one, two)}: if these are two scales, {_way_out(one, two, name)}"
+    return ""
 
 
 def _check_values(source: Source, name: str, rule: str, holds: Callable[[float], bool]) -> None:

@@ -25,7 +25,7 @@ from grpo_fast.data.rated import (
     sentences,
     shown,
 )
-from grpo_fast.data.rating_heads import observed_values, renamed, united
+from grpo_fast.data.rating_heads import doubts, observed_values, renamed, united
 from grpo_fast.data.records import one_line, read_records
 from grpo_fast.data.schemas import INDEX_COLUMNS, REPLIES, SCHEMAS, Schema, Table
 from grpo_fast.errors import UserError, did_you_mean
@@ -58,7 +58,9 @@ def read_ratings(
     instead of the schema's kind or the one that the values suggest (binary where all are 0 or 1, otherwise
     regression). `split`: of a data set.
 
-    Repeated ratings and pairs are dropped and counted; contradictory ones stay and are counted.
+    Repeated ratings and pairs are dropped and counted; contradictory ones stay and are counted. Warned of are
+    columns that are 0 and 1 but for a few values, labels far off the others, and ranges of two sources that
+    may be two scales.
 
     Raises `UserError` for sources that cannot be read or are of no known shape; for a label that is no
     finite number, is off its scale or contradicts its kind; for a head that has different kinds, scales or
@@ -97,7 +99,9 @@ def read_ratings(
         if len(observed[head.name]) < FEW:
             unit = "pair" if head.kind == "pairwise" else "label"
             warnings.append(f"head {head.name} has only {counted(len(observed[head.name]), unit)}")
-    return Ratings(examples=kept, heads=heads, warnings=[one_line(line) for line in warnings])
+    # These end with the way out and name two files, so they are flattened but not cut short.
+    unsure = [" ".join(line.split()) for line in doubts(read, kept, heads, kinds)]
+    return Ratings(examples=kept, heads=heads, warnings=[*map(one_line, warnings), *unsure])
 
 
 def hold_out_ratings(ratings: Ratings, size: int) -> tuple[Ratings, Ratings]:
