@@ -341,7 +341,6 @@ def model_layout():
             "--data.eval-ratings {place}/pairs.jsonl",
             "data.eval_ratings has a head preference, which data.ratings has not",
         ),
-        ("--data.eval-size 48", "too many"),
         ("--data.eval-ratings {place}/long.jsonl", "long.jsonl:49: the reply has 301 tokens"),
         ("--backbone.model {place}/t5", "T5ForSequenceClassification is an encoder-decoder; a decoder-only"),
         ("--backbone.model {place}/bert", "BertForSequenceClassification"),
