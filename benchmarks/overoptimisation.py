@@ -26,6 +26,7 @@ from benchmarks.loss_head import commit, device_name, versions
 from grpo_fast.miniature import world
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import read_rows, read_summary, write_atomically
+from grpo_fast.trust.watch import Watch
 
 OBJECTIVES = world.OBJECTIVES
 MEMBERS = 4
@@ -172,12 +173,10 @@ def _outcome(run: Path) -> dict[str, Any]:
     judge = curve("judge")
     peak = max(range(len(judge)), key=judge.__getitem__)
     at = [0, *(row["step"] for row in evaluated), rows[-1]["step"]]
-    warned = [
-        (row["step"], key.removeprefix("warning/"))
-        for row in rows
-        for key in row
-        if key.startswith("warning/")
-    ]
+    watch, warned = Watch(), []
+    for row in rows:
+        plain = {key: value for key, value in row.items() if not key.startswith("warning/")}
+        warned += [(row["step"], name) for name in watch.step(plain)]
     return {
         "step": at,
         "judge": judge,

@@ -55,5 +55,11 @@ def test_completions_that_drift_away_are_said_and_those_that_come_nearer_are_not
     assert signs([{"distance": 1.0}] * 10 + [{"distance": 0.7}] * WINDOW) == {}
 
 
+def test_a_policy_that_is_still_nearer_than_at_its_start_is_left_alone():
+    nearer = [{"distance": d} for d in [1.0] * 5 + [0.7] * 10 + [0.85] * 10]
+    assert signs(nearer) == {}
+    assert list(signs([*nearer, *[{"distance": 1.05}] * WINDOW])) == ["distance"]
+
+
 def test_steps_without_the_metrics_are_skipped():
     assert signs([{"loss": 1.0}] * 30) == {}

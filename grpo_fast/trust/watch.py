@@ -21,7 +21,8 @@ OUTSIDE_GROWTH = 2.0
 STRANGE = 0.5
 """Share from which on nothing needs to have grown: the reward model was never meant for such completions."""
 DISTANCE_GROWTH = 1.1
-"""How many times as far from the training replies as at their nearest completions may lie on average."""
+"""How many times as far from the training replies as at their nearest completions may lie on average, and further than
+in the first steps."""
 SPREAD_GROWTH = 1.5
 """How many times its lowest spread so far an ensemble may reach."""
 
@@ -42,7 +43,8 @@ def signs(rows: Sequence[Row]) -> dict[str, str]:
             f"{share[1]:.0%} of the completions are unlike anything the reward model was trained on "
             f"({share[0]:.0%} at best): its scores may mean nothing there"
         )
-    if (far := _windows(rows, "distance")) and far[1] > DISTANCE_GROWTH * far[0] > 0:
+    far = _windows(rows, "distance")
+    if far and far[1] > max(DISTANCE_GROWTH * far[0], _first(rows, "distance")):
         found["distance"] = (
             f"completions lie {far[1] / far[0]:.2f} times as far from what the reward model was trained on as they "
             "did: its scores are worth less there"
@@ -55,6 +57,12 @@ def signs(rows: Sequence[Row]) -> dict[str, str]:
                 "gains there may be its errors"
             )
     return found
+
+
+def _first(rows: Sequence[Row], key: str) -> float:
+    """The mean over the first WINDOW steps that logged `key`."""
+    values = [row[key] for row in rows if isinstance(row.get(key), int | float)][:WINDOW]
+    return sum(values) / len(values)
 
 
 def _windows(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
