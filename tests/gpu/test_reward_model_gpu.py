@@ -14,7 +14,10 @@ from grpo_fast.scoring import Scorer, Scoring
 from grpo_fast.trust.distance import FeatureStatistics
 from tests.tiny_models import byte_tokenizer, config_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 PROMPTS = [f"Question {i}: how do I wash a cup?" for i in range(12)]
 REPLIES = [f"First take {'some ' * (i % 5)}water, then {i} drops of soap." for i in range(11)] + [""]
