@@ -296,6 +296,7 @@ def test_a_batch_holds_its_examples_replies_labels_and_comparisons():
     assert TrainingSet.of(new_model(data.examples), data.examples).weights.unique().tolist() == [1.0]
     again = TrainingSet.of(model, data.examples, seed=2).weights
     assert torch.equal(held.weights, again)
+    assert not torch.equal(held.weights, TrainingSet.of(model, data.examples, seed=3).weights)
     lengths = [len(e.prompt) + sum(len(reply) + 1 for reply in e.replies) for e in data.examples]
     assert held.lengths() == lengths
 
