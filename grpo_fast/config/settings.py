@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo_fast.config.check import check
+from grpo_fast.config.engine_settings import EngineSettings, MemorySettings
 
 Preset = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "vespo", "luspo", "rloo", "reinforce_pp"]
 
@@ -318,6 +319,10 @@ class TrainConfig(CommonConfig):
     """A language model on your own server that rates completions by rubrics."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Sampling of the completions."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """What generates the completions."""
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    """What may be used, and what is moved aside to fit."""
     advantage: AdvantageSettings = field(default_factory=AdvantageSettings)
     """How the rewards of a group become advantages."""
     loss: LossSettings = field(default_factory=LossSettings)
