@@ -122,7 +122,7 @@ def loss_oracle(config: LossConfig, batch: Batch, normalizer: float | None = Non
             kls.append(kl)
             dropped.append(keep == 0.0)
             clipped.append((low and advantage < 0, high and advantage > 0))
-    gaps = [abs(batch.old[t] - batch.rollout[t]) for t in counted]
+    gaps = [batch.old[t] - batch.rollout[t] for t in counted]
     metrics = {
         "tokens": float(len(counted)),
         "kl": _mean(kls),
@@ -133,8 +133,11 @@ def loss_oracle(config: LossConfig, batch: Batch, normalizer: float | None = Non
         "clamped_frac": _mean(abs(level) > 20 for level in levels),
         "dropped_frac": _mean(dropped),
         "entropy": _mean(batch.entropy[t] for t in counted),
-        "mismatch_mean": _mean(gaps),
-        "mismatch_max": max(gaps, default=0.0),
+        "mismatch_mean": _mean(abs(gap) for gap in gaps),
+        "mismatch_k1": _mean(-gap for gap in gaps),
+        "mismatch_k3": _mean(math.expm1(_clamp(gap, 20)) - _clamp(gap, 20) for gap in gaps),
+        "mismatch_square": _mean(math.exp(2 * _clamp(gap, 20)) for gap in gaps),
+        "mismatch_max": max((abs(gap) for gap in gaps), default=0.0),
     }
     if config.mismatch != "none":
         metrics["mismatch_weight"] = _mean(weights)

@@ -202,6 +202,8 @@ def test_metrics():
     )
     expected = {"tokens": 3, "clip_high_frac": 1 / 3, "clip_low_frac": 1 / 3, "kl": 0.0, "entropy": 2.0}
     expected |= {"mismatch_mean": 0.25, "mismatch_max": 0.25, "dropped_frac": 0.0, "clamped_frac": 0.0}
+    expected |= {"mismatch_k1": 0.25, "mismatch_k3": 2.718281828**-0.25 - 1 + 0.25}
+    expected |= {"mismatch_square": 2.718281828**-0.5}
     for name, value in expected.items():
         assert float(metrics[name]) == pytest.approx(value), name
     assert float(metrics["ratio_max"]) == pytest.approx(2.718281828**0.5)

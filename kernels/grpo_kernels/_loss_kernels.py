@@ -13,10 +13,10 @@ One token's part of the loss is in ``_loss_terms``. Arithmetic is float32. N tok
 import torch
 import triton.language as tl
 
-from ._loss_terms import LIMIT, jit, token_loss
+from ._loss_terms import LIMIT, clamp, jit, rest_of_exp, token_loss
 
 # Rows of the sums: the loss, then what means over the tokens are made of, then the maxima.
-TOTAL, COUNT, FIRST_MAXIMUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(11)
+TOTAL, COUNT, FIRST_MAXIMUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(14)
 
 
 @jit
@@ -126,6 +126,9 @@ def token_losses(
     entropy_sums = zeros
     corrections = zeros
     gap_sums = zeros
+    signed_gaps = zeros
+    gap_rests = zeros
+    gap_squares = zeros
     ratio_max = zeros
     gap_max = zeros
     slopes = zeros
@@ -198,7 +201,12 @@ def token_losses(
             divergences += tl.where(active, divergence, 0.0)
             entropy_sums += entropy
             corrections += tl.where(active, correction, 0.0)
-            gap_sums += tl.abs(own_gap)
+            if rollout is not None:
+                bounded = clamp(own_gap, -LIMIT, LIMIT)
+                gap_sums += tl.abs(own_gap)
+                signed_gaps -= own_gap
+                gap_rests += rest_of_exp(bounded)
+                gap_squares += tl.where(active, tl.exp(2 * bounded), 0.0)
             ratio_max = tl.maximum(ratio_max, tl.where(active, ratio, 0.0))
             gap_max = tl.maximum(gap_max, tl.abs(own_gap))
 
@@ -227,8 +235,11 @@ def token_losses(
         tl.store(column + 8 * programs, tl.sum(entropy_sums, 0))
         tl.store(column + 9 * programs, tl.sum(corrections, 0))
         tl.store(column + 10 * programs, tl.sum(gap_sums, 0))
-        tl.store(column + 11 * programs, tl.max(ratio_max, 0))
-        tl.store(column + 12 * programs, tl.max(gap_max, 0))
+        tl.store(column + 11 * programs, tl.sum(signed_gaps, 0))
+        tl.store(column + 12 * programs, tl.sum(gap_rests, 0))
+        tl.store(column + 13 * programs, tl.sum(gap_squares, 0))
+        tl.store(column + 14 * programs, tl.max(ratio_max, 0))
+        tl.store(column + 15 * programs, tl.max(gap_max, 0))
 
 
 @jit

@@ -20,12 +20,12 @@ LOWEST_PRODUCT = tl.constexpr(GAMMA_FLOOR)
 
 
 @jit
-def _clamp(x, low, high):
+def clamp(x, low, high):
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @jit
-def _rest_of_exp(x):
+def rest_of_exp(x):
     """exp(x) - 1 - x, to full relative precision however small x is."""
     tail = 1.0 + x / 6 * (1.0 + x / 7 * (1.0 + x / 8 * (1.0 + x / 9)))
     series = x * x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * tail)))
@@ -36,7 +36,7 @@ def _rest_of_exp(x):
 def _surrogate(logprob, advantage, level, log_product, CONFIG: tl.constexpr):
     """The policy term, its derivative (by the level's log ratio; by the log-prob where the ratio is detached),
     and the ratio."""
-    ratio = tl.exp(_clamp(level, -LIMIT, LIMIT))
+    ratio = tl.exp(clamp(level, -LIMIT, LIMIT))
     inside = tl.abs(level) <= LIMIT
     value = -advantage * logprob
     slope = -advantage
@@ -44,7 +44,7 @@ def _surrogate(logprob, advantage, level, log_product, CONFIG: tl.constexpr):
         free_gain = ratio * advantage
         if CONFIG.ratio_cap is not None:
             free_gain = tl.where(ratio > CONFIG.ratio_cap, CONFIG.ratio_cap, ratio) * advantage
-        bounded_gain = _clamp(ratio, 1.0 - CONFIG.clip_low, 1.0 + CONFIG.clip_high) * advantage
+        bounded_gain = clamp(ratio, 1.0 - CONFIG.clip_low, 1.0 + CONFIG.clip_high) * advantage
         flows = (free_gain <= bounded_gain) & inside
         gain = tl.where(free_gain <= bounded_gain, free_gain, bounded_gain)
         if CONFIG.ratio_cap is not None:
@@ -67,7 +67,7 @@ def _surrogate(logprob, advantage, level, log_product, CONFIG: tl.constexpr):
     if CONFIG.surrogate == "gamma":
         k = tl.where(advantage >= 0.0, advantage * 0.0 + CONFIG.gamma_pos[0], CONFIG.gamma_neg[0])
         lam = tl.where(advantage >= 0.0, advantage * 0.0 + CONFIG.gamma_pos[1], CONFIG.gamma_neg[1])
-        log_w = _clamp(log_product, LOWEST_PRODUCT, LIMIT)
+        log_w = clamp(log_product, LOWEST_PRODUCT, LIMIT)
         slope = -advantage * tl.exp(lam + k * log_w - lam * tl.exp(log_w))
         value = slope * logprob
     return value, slope, ratio
@@ -84,12 +84,12 @@ def _divergence(distance, log_ratio, CONFIG: tl.constexpr):
     if (CONFIG.kl == "k3") | (CONFIG.kl == "k3_corrected"):
         # exp goes on as its tangent past the limit: finite, and the gradient keeps its sign
         capped = tl.where(distance > LIMIT, LIMIT, distance)
-        rest = _rest_of_exp(capped)
+        rest = rest_of_exp(capped)
         growth = rest + capped
         value = rest + growth * (distance - capped)
         slope = -growth
     if CONFIG.kl == "k3_corrected":
-        ratio = tl.exp(_clamp(log_ratio, -LIMIT, LIMIT))
+        ratio = tl.exp(clamp(log_ratio, -LIMIT, LIMIT))
         slope = ratio * (slope + tl.where(tl.abs(log_ratio) <= LIMIT, value, 0.0))
         value = ratio * value
     return value, slope
@@ -98,7 +98,7 @@ def _divergence(distance, log_ratio, CONFIG: tl.constexpr):
 @jit
 def _mismatch_weight(gap, CONFIG: tl.constexpr):
     """Weight of the surrogate from gap = old - rollout, of the token or the sequence."""
-    weight = tl.exp(_clamp(gap, -LIMIT, LIMIT))
+    weight = tl.exp(clamp(gap, -LIMIT, LIMIT))
     if CONFIG.mismatch == "truncate":
         weight = tl.where(weight > CONFIG.mismatch_high, CONFIG.mismatch_high, weight)
     else:

@@ -34,6 +34,9 @@ def metric_names(config: LossConfig, *, ref: bool, rollout: bool, entropy: bool)
         "entropy": entropy,
         "mismatch_weight": config.mismatch != "none",
         "mismatch_mean": rollout,
+        "mismatch_k1": rollout,
+        "mismatch_k3": rollout,
+        "mismatch_square": rollout,
         "mismatch_max": rollout,
     }
     return (*names, *(name for name, there in given.items() if there))
@@ -338,7 +341,11 @@ def _ratio_metrics(
         "clamped_frac": _mean(level.abs() > RATIO_LIMIT, active),
     }
     if tokens.rollout is not None:
-        gap = torch.where(active, old - tokens.rollout, 0.0).abs()
-        metrics["mismatch_mean"] = _mean(gap, active)
-        metrics["mismatch_max"] = gap.amax() if gap.numel() else gap.new_zeros(())
+        gap = torch.where(active, old - tokens.rollout, 0.0)
+        bounded = gap.clamp(-RATIO_LIMIT, RATIO_LIMIT)
+        metrics["mismatch_mean"] = _mean(gap.abs(), active)
+        metrics["mismatch_k1"] = _mean(-gap, active)
+        metrics["mismatch_k3"] = _mean(torch.expm1(bounded) - bounded, active)
+        metrics["mismatch_square"] = _mean(torch.exp(2 * bounded), active)
+        metrics["mismatch_max"] = gap.abs().amax() if gap.numel() else gap.new_zeros(())
     return metrics

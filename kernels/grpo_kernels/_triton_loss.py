@@ -20,7 +20,7 @@ BLOCK = 512  # tokens at once where the programs share them equally
 SHORTEST_BLOCK, LONGEST_BLOCK = 128, 1024  # and where sequences of all lengths come
 PROGRAMS = 4096  # at most so many equal shares: several for each multiprocessor, few for the second launch
 
-ROWS = 13  # of the sums, the first being the loss
+ROWS = 16  # of the sums, the first being the loss
 METRICS = {
     "clip_low_frac": 2,
     "clip_high_frac": 3,
@@ -31,9 +31,13 @@ METRICS = {
     "entropy": 8,
     "mismatch_weight": 9,
     "mismatch_mean": 10,
-    "ratio_max": 11,
-    "mismatch_max": 12,
+    "mismatch_k1": 11,
+    "mismatch_k3": 12,
+    "mismatch_square": 13,
+    "ratio_max": 14,
+    "mismatch_max": 15,
 }
+MISMATCH = ("mismatch_mean", "mismatch_k1", "mismatch_k3", "mismatch_square", "mismatch_max")
 
 
 def evaluate(
@@ -146,9 +150,8 @@ def _launch(
         "kl": arguments.ref is not None,
         "entropy": entropy is not None,
         "mismatch_weight": config.mismatch != "none",
-        "mismatch_mean": arguments.rollout is not None,
-        "mismatch_max": arguments.rollout is not None,
     }
+    present |= dict.fromkeys(MISMATCH, arguments.rollout is not None)
     metrics = {"tokens": number[0]}
     metrics |= {name: found[row] for name, row in METRICS.items() if present.get(name, True)}
     return TokenLoss(found[0] if losses is None else losses, by_logprob, by_entropy, metrics)

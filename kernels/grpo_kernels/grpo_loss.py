@@ -59,8 +59,10 @@ def grpo_loss(
         The loss, 0-d, and metrics, 0-d tensors on the device without gradient, in the dtype of logprobs: "tokens"
         (how many may carry loss; in float32 exact up to 2^24) and, over those, the means kl, entropy, ratio_mean,
         clip_low_frac, clip_high_frac, clamped_frac (log ratio beyond ±20), dropped_frac (lost the surrogate by
-        mismatch or token choice), mismatch_mean (|old - rollout|), mismatch_weight, and the maxima ratio_max and
-        mismatch_max; those that apply.
+        mismatch or token choice), mismatch_weight, of the gap d = old - rollout mismatch_mean (|d|), the estimators
+        mismatch_k1 (-d) and mismatch_k3 (e^d - 1 - d) of KL(rollout, old) and mismatch_square (e^2d: with
+        w = 1 + k3 - k1 the mean weight, w² / square is the effective share of the sample), and the maxima ratio_max
+        and mismatch_max; those that apply.
 
     Raises:
         ValueError, TypeError: an argument that is missing, or of a wrong shape, dtype, range or device (all tensors
