@@ -41,7 +41,8 @@ def evaluate(task: Task, engine: RolloutEngine, config: TrainConfig, *, seed: in
     """Sample one completion per held-out prompt, with the same random numbers whenever the seed is, and score it."""
     completions = engine.generate([prompt.token_ids for prompt in task.heldout], 1, task.sampling, seed)
     texts = [task.decode(completion.token_ids) for completion in completions]
-    rewards = task.scorer(task.heldout, texts).rewards
+    lengths = [len(completion.token_ids) for completion in completions]
+    rewards = task.scorer(task.heldout, texts, lengths).rewards
     judged = (
         [task.judge(prompt, text) for prompt, text in zip(task.heldout, texts, strict=True)]
         if task.judge

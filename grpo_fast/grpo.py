@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grpo_fast.config.resolve import constant_normalizer, loss_config
 from grpo_fast.config.settings import TrainConfig
+from grpo_fast.errors import UserError
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
 from grpo_fast.packing import PackedBatch, pack
@@ -53,6 +54,7 @@ def update(
         for batches, normalizer in parts:
             if not batches:
                 continue
+            this_step = len(batch_metrics)
             for batch, known in batches:
                 step_loss, metrics = policy(
                     batch,
@@ -67,6 +69,7 @@ def update(
                 step_loss.backward()
                 losses.append(step_loss.detach())
                 batch_metrics.append(metrics)
+            check_mismatch(batch_metrics[this_step:], config.engine.max_mismatch)
             norm, taken = optimizer.step(lr)
             norms.append(norm)
             skipped += not taken
@@ -155,6 +158,29 @@ def known_logprobs(
     return known
 
 
+def check_mismatch(batches: list[dict[str, Tensor]], limit: float) -> None:
+    """UserError where the engine's log-probs are further from the trainer's than `limit` (0: any distance goes).
+
+    Measured by the k3 estimate of KL(engine, trainer) over the tokens of the micro-batches `batches`; asked before
+    the optimizer steps, so that no weight moves by what cannot be right.
+    """
+    if not limit:
+        return
+    table = torch.stack(
+        [
+            torch.stack([batch[name].double() for name in ("tokens", "mismatch_k3", "mismatch_mean")])
+            for batch in batches
+        ]
+    )
+    divergence, gap = ((table[:, 0] @ table[:, 1:]) / table[:, 0].sum().clamp(min=1)).tolist()
+    if divergence > limit:
+        raise UserError(
+            f"the engine's log-probs differ from the trainer's: KL divergence {divergence:.3g} where "
+            f"engine.max_mismatch = {limit:g}, {gap:.3g} a token on average. See that the engine has the same weights, "
+            "dtype and sampling, correct for it with loss.mismatch, or raise engine.max_mismatch"
+        )
+
+
 def token_weighted(losses: list[Tensor], batches: list[dict[str, Tensor]]) -> dict[str, float]:
     """Metrics of a step from those of its micro-batches: maxima of `*_max`, token-weighted means of the rest."""
     if not batches:
@@ -168,4 +194,8 @@ def token_weighted(losses: list[Tensor], batches: list[dict[str, Tensor]]) -> di
         values = table[:, column]
         mean = (values * tokens).sum() / tokens.sum().clamp(min=1)
         result[name] = (values.max() if name.endswith("_max") else mean).item()
+    if "mismatch_square" in result:
+        # Effective sample size: (Σw)² / Σw² over the number of tokens, w = exp(trainer - engine)
+        mean_weight = 1 + result["mismatch_k3"] - result["mismatch_k1"]
+        result["mismatch_ess"] = mean_weight**2 / result.pop("mismatch_square")
     return result

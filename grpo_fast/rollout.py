@@ -15,7 +15,7 @@ from grpo_fast.config.resolve import advantage_choice, overlaps
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Prompt
 from grpo_fast.engines.base import Completion, RolloutEngine
-from grpo_fast.scoring import Scored, Scoring
+from grpo_fast.scoring import Scored, Scorer, Scoring, joined
 from grpo_fast.task import Task
 
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -42,6 +42,11 @@ class Rollout:
         """Token ids of the P prompts."""
         return [prompt.token_ids for prompt in self.prompts]
 
+    @property
+    def flat(self) -> list[bool]:
+        """(P,) groups whose completions all have the advantage 0: nothing can be learned from them."""
+        return (self.advantages.view(len(self.prompts), -1) == 0).all(1).tolist()
+
 
 def collect(
     prompts: list[Prompt],
@@ -65,17 +70,30 @@ def collect(
             places = range(prompt * group_size, (prompt + 1) * group_size)
             decoded = [task.decode(completion.token_ids) for completion in group]
             texts[places.start : places.stop] = decoded
-            scoring.put(places, [prompts[prompt]] * group_size, decoded)
+            lengths = [len(completion.token_ids) for completion in group]
+            scoring.put(places, [prompts[prompt]] * group_size, decoded, lengths)
 
         with timer("generate"):
             token_ids = [prompt.token_ids for prompt in prompts]
             completions = engine.generate(token_ids, group_size, task.sampling, seed, on_group=finished)
         with timer("reward"):
             scored = scoring.result()
-    prompt_of = [index for index in range(len(prompts)) for _ in range(group_size)]
+    return _rollout(prompts, completions, texts, scored, task.scorer, config, weights)
+
+
+def _rollout(
+    prompts: list[Prompt],
+    completions: list[Completion],
+    texts: list[str],
+    scored: Scored,
+    scorer: Scorer,
+    config: TrainConfig,
+    weights: Tensor,
+) -> Rollout:
     mode, scale = advantage_choice(config)
+    group_size = config.rollout.group_size
     advantages = group_advantages(
-        task.scorer.used(scored),
+        scorer.used(scored),
         group_size=group_size,
         weights=weights,
         mode=mode,
@@ -84,11 +102,35 @@ def collect(
     )
     return Rollout(
         prompts=prompts,
-        prompt_of=prompt_of,
+        prompt_of=[index for index in range(len(prompts)) for _ in range(group_size)],
         completions=completions,
         texts=texts,
         scored=scored,
         advantages=advantages,
+    )
+
+
+def refilled(
+    rollout: Rollout, more: Rollout, scorer: Scorer, config: TrainConfig, weights: Tensor
+) -> Rollout:
+    """As many groups as `rollout` has: those with signal of both, then, where they do not suffice, flat ones.
+
+    Advantages are compared anew, since some are scaled by the whole batch.
+    """
+    count, group_size = len(rollout.prompts), config.rollout.group_size
+    flat = [*rollout.flat, *more.flat]
+    groups = sorted(range(len(flat)), key=lambda group: flat[group])[:count]
+    rows = [group * group_size + sample for group in groups for sample in range(group_size)]
+    prompts = [*rollout.prompts, *more.prompts]
+    completions, texts = [*rollout.completions, *more.completions], [*rollout.texts, *more.texts]
+    return _rollout(
+        [prompts[group] for group in groups],
+        [completions[row] for row in rows],
+        [texts[row] for row in rows],
+        joined(rollout.scored, more.scored).rows(rows),
+        scorer,
+        config,
+        weights,
     )
 
 

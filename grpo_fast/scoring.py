@@ -1,4 +1,4 @@
-"""Every objective's reward of every completion: reward models, a judge on a server, the user's Python functions.
+"""Every objective's reward of every completion: reward models, a judge on a server, the user's functions, its length.
 
 Letters: S sequences, R objectives, G completions a prompt.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.models.reward_model import Prediction
 from grpo_fast.models.reward_set import RewardSet
 from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights, with_messages
+from grpo_fast.rewards.overlong import Overlong
 
 if TYPE_CHECKING:
     from grpo_fast.rewards.http_judge import HttpJudge
@@ -42,10 +43,32 @@ class Scored:
     unscored: int = 0
     """Completions that were too long for a reward model by themselves: their scores are missing"""
 
+    def rows(self, index: list[int]) -> Scored:
+        """The scores of some completions; the two counts stay those of all."""
+        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+
+def joined(first: Scored, second: Scored) -> Scored:
+    """The scores of two batches, one after the other."""
+
+    def together(name: str) -> Tensor | None:
+        parts = [getattr(first, name), getattr(second, name)]
+        return None if None in parts else torch.cat(parts)
+
+    return Scored(
+        rewards=torch.cat([first.rewards, second.rewards]),
+        spread=torch.cat([first.spread, second.spread]),
+        distance=together("distance"),
+        outside=together("outside"),
+        truncated=first.truncated + second.truncated,
+        unscored=first.unscored + second.unscored,
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores completions on every objective: reward models' heads, then the judge's rubrics, then functions."""
+    """Scores completions on every objective: reward models' heads, the judge's rubrics, functions, overlong."""
 
     names: list[str]  # R objectives, the reward matrix's columns
     weights: Tensor  # (R,) float32, signed: negative where lower is better
@@ -53,6 +76,7 @@ class Scorer:
     models: RewardSet | None
     judge: HttpJudge | None
     functions: RewardFunctions | None
+    overlong: Overlong | None
     token_budget: int
 
     @classmethod
@@ -63,6 +87,7 @@ class Scorer:
         functions: RewardFunctions | None,
         judge: HttpJudge | None = None,
         *,
+        overlong: Overlong | None = None,
         token_budget: int = 16384,
     ) -> Scorer:
         """Join the sources; `functions` have been probed, so their values have names.
@@ -71,7 +96,10 @@ class Scorer:
         """
         heads = models.names if models else []
         names = combine_names(
-            heads, judge.names if judge else [], (functions.names or []) if functions else []
+            heads,
+            judge.names if judge else [],
+            (functions.names or []) if functions else [],
+            overlong is not None,
         )
         check_spread(settings, models.with_spread if models else [], names)
         lower = [head.name for head in models.heads if head.better == "low"] if models else []
@@ -82,13 +110,16 @@ class Scorer:
             models=models,
             judge=judge,
             functions=functions,
+            overlong=overlong,
             token_budget=token_budget,
         )
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scored:
-        """Score completion i as the answer to prompt i."""
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], lengths: Sequence[int] | None = None
+    ) -> Scored:
+        """Score completion i, of `lengths[i]` tokens, as the answer to prompt i."""
         with Scoring(self) as scoring:
-            scoring.put(list(range(len(prompts))), prompts, completions)
+            scoring.put(list(range(len(prompts))), prompts, completions, lengths)
             return scoring.result()
 
     def doubts(self) -> list[str]:
@@ -143,6 +174,7 @@ class Scoring:
         self._waiting_size = 0
         self._parts: list[tuple[list[int], Future[Prediction] | list[tuple[int, Prompt, str]]]] = []
         self._judged: dict[int, list[Future[float]]] = {}
+        self._lengths: dict[int, int] = {}
 
     def __enter__(self) -> Scoring:
         return self
@@ -151,10 +183,20 @@ class Scoring:
         for pool in (self._models, self._functions):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def put(self, places: Sequence[int], prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
-        """Completions of whole groups and their places in the batch."""
+    def put(
+        self,
+        places: Sequence[int],
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        """Completions of whole groups, their places in the batch, and (for `overlong`) their lengths in tokens."""
         rows = list(zip(places, prompts, completions, strict=True))
         self._rows += rows
+        if self._scorer.overlong:
+            if lengths is None:
+                raise ValueError("the objective overlong needs the completions' lengths in tokens")
+            self._lengths |= dict(zip(places, lengths, strict=True))
         if self._scorer.judge:
             for place, prompt, completion in rows:
                 asked = prompt.messages or prompt.text
@@ -215,6 +257,8 @@ class Scoring:
             columns_of.append(scorer.judge.collect([self._judged[place] for place, _, _ in rows]))
         if running:
             columns_of.append(running.result())
+        if scorer.overlong:
+            columns_of.append(scorer.overlong([self._lengths[place] for place, _, _ in rows]))
         rewards = torch.cat(columns_of, dim=1)
         nothing = torch.full((size, rewards.shape[1] - heads), torch.nan)
         return Scored(

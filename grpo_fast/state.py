@@ -1,7 +1,7 @@
 """What a run needs to go on where it stopped: weights, optimizer and step, and the evaluation before training.
 
 Prompt order and sampling depend on the seed and the step alone; what else a loop carries from step to step (the
-multipliers of rewards with a floor) goes into `carried`.
+multipliers of rewards with a floor, the place among the prompts) goes into `carried`, name -> numbers.
 """
 
 import json
@@ -13,12 +13,15 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 from grpo_fast.evaluate import Evaluation
 from grpo_fast.optim import Optimizer
 from grpo_fast.run import checkpoint
 from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import RunLogger, read_summary, write_atomically
+
+Carried = Mapping[str, dict[str, float]]
 
 EVALUATION_FILE = "evaluation_before.json"
 
@@ -37,6 +40,16 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def goes_ahead(step: int, config: TrainConfig) -> bool:
+    """Whether the rollout after `step` finished steps is begun before the step that finishes them is trained.
+
+    Not where the weights are evaluated or saved in between: a resumed run has no older weights to generate with.
+    """
+    settings = config.run
+    between = is_due(step, settings.eval_every) or is_due(step, settings.save_every)
+    return config.rollout.ahead and step < settings.steps and not between
+
+
 def save(
     run_dir: Path,
     step: int,
@@ -44,7 +57,7 @@ def save(
     optimizer: Optimizer,
     *,
     keep: int,
-    carried: Mapping[str, float] | None = None,
+    carried: Carried | None = None,
 ) -> None:
     """Write the checkpoint of `step` finished steps; of `model` it holds what is trained (with LoRA the adapter)."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -58,17 +71,18 @@ def save(
             "step": step,
             "optimizer": plain,
             "skipped_steps": state["skipped_steps"],
-            "carried": dict(carried or {}),
+            "carried": {name: dict(numbers) for name, numbers in (carried or {}).items()},
         },
         keep=keep,
     )
 
 
 @torch.no_grad()
-def restore(
-    run_dir: Path, model: nn.Module, optimizer: Optimizer, carried: dict[str, float] | None = None
-) -> int:
-    """Load the newest checkpoint, if there is one, and return the number of finished steps."""
+def restore(run_dir: Path, model: nn.Module, optimizer: Optimizer, carried: Carried | None = None) -> int:
+    """Load the newest checkpoint, if there is one, and return the number of finished steps.
+
+    The dicts of `carried` are filled with what was saved under their names.
+    """
     path = checkpoint.latest(run_dir)
     if path is None:
         return 0
@@ -89,8 +103,8 @@ def restore(
             "skipped_steps": state["skipped_steps"],
         }
     )
-    if carried is not None:
-        carried.update(state["carried"])
+    for name, numbers in (carried or {}).items():
+        numbers.update(state["carried"].get(name, {}))
     return int(state["step"])
 
 
@@ -109,7 +123,7 @@ class Steps:
         *,
         steps: int,
         first: int,
-        carried: Mapping[str, float] | None = None,
+        carried: Carried | None = None,
     ) -> None:
         """`steps` in all, `first` of which an earlier process has taken."""
         self._run, self._settings, self._steps = run, settings, steps

@@ -18,6 +18,7 @@ from grpo_fast.models.policy import Policy, SavedPolicy
 from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
 from grpo_fast.models.reward_set import RewardSet, names_with_spread, read_saved
 from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights
+from grpo_fast.rewards.overlong import Overlong
 from grpo_fast.scoring import Scorer, check_spread
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
     judge = _judge(config)
     heads = [head.name for model in saved for head in model.layout.heads] if saved else own_heads
     rubrics = judge.names if judge else []
-    names = combine_names(list(dict.fromkeys(heads)), rubrics, (functions.names or []) if functions else [])
+    own = (functions.names or []) if functions else []
+    names = combine_names(list(dict.fromkeys(heads)), rubrics, own, config.reward.overlong_buffer > 0)
     lower = [head.name for model in saved for head in model.layout.heads if head.better == "low"]
     objective_weights(names, config.reward, lower)
     check_spread(config.reward, names_with_spread(saved), names)
@@ -155,8 +157,15 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
 
 def scorer_of(config: TrainConfig, inputs: Inputs, models: Sequence[RewardModel]) -> Scorer:
     """Every source of rewards of a run, joined."""
+    overlong = None
+    if buffer := config.reward.overlong_buffer:
+        overlong = Overlong(limit=config.rollout.max_new_tokens, buffer=buffer)
     return Scorer.create(
-        config.reward, RewardSet.of(models) if models else None, inputs.functions, inputs.judge
+        config.reward,
+        RewardSet.of(models) if models else None,
+        inputs.functions,
+        inputs.judge,
+        overlong=overlong,
     )
 
 

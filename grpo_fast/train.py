@@ -12,19 +12,29 @@ from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
-from grpo_fast.data.prompts import PromptSampler
+from grpo_fast.data.queue import PromptQueue
 from grpo_fast.engines.local import LocalEngine
+from grpo_fast.engines.separate import SeparateEngine
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
 from grpo_fast.miniature.world import OBJECTIVES
 from grpo_fast.optim import Optimizer, learning_rate
+from grpo_fast.pipeline import Pipeline
 from grpo_fast.plan import print_plan
-from grpo_fast.rollout import collect, rollout_metrics
+from grpo_fast.rollout import rollout_metrics
 from grpo_fast.run.command import prepare_libraries, run_command
 from grpo_fast.run.live import Run, run_to_the_end
 from grpo_fast.run.metrics import RunLogger
-from grpo_fast.state import Steps, is_due, restore, resumed_logger, save_evaluation, saved_evaluation
+from grpo_fast.state import (
+    Steps,
+    goes_ahead,
+    is_due,
+    restore,
+    resumed_logger,
+    save_evaluation,
+    saved_evaluation,
+)
 from grpo_fast.summary import sample_rows, write_results
 from grpo_fast.task import Inputs, check_inputs, load
 from grpo_fast.trust.watch import Watch
@@ -37,7 +47,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     """
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
-    engine = LocalEngine(policy.model, max_rows=config.rollout.max_rows)
+    engine_kind = SeparateEngine if config.rollout.ahead else LocalEngine
+    engine = engine_kind(policy.model, max_rows=config.rollout.max_rows)
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     optimizer = Optimizer(
@@ -49,13 +60,14 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         max_grad_norm=config.optim.max_grad_norm,
         kind=config.optim.optimizer,
     )
-    sampler = PromptSampler(len(task.prompts), config.rollout.prompts_per_step, config.seed)
     base_seed = config.seed << 32
 
     multipliers = Multipliers(
         task.scorer.names, task.scorer.weights, config.reward.floors, lr=config.reward.floor_lr
     )
-    first = restore(run.path, policy.model, optimizer, multipliers.state)
+    carried = {"multipliers": multipliers.state, "prompts": {}}
+    first = restore(run.path, policy.model, optimizer, carried)
+    queue = PromptQueue(len(task.prompts), config.seed, rest=config.rollout.rest, state=carried["prompts"])
     watch = Watch([row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first])
     run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)
     for line in task.scorer.doubts():
@@ -64,32 +76,21 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     before = saved_evaluation(run.path)
     if before is None:
         with run.phase_timer("evaluate"):
+            engine.push(policy.model.named_parameters(), first)
             before = evaluate(task, engine, config, seed=base_seed)
         run.logger.samples(sample_rows("before", 0, task, before, config.run.samples))
         save_evaluation(run.path, before)
 
-    with Steps(
-        run,
-        config.run,
-        policy.model,
-        optimizer,
-        steps=config.run.steps,
-        first=first,
-        carried=multipliers.state,
-    ) as steps:
+    with (
+        Steps(
+            run, config.run, policy.model, optimizer, steps=config.run.steps, first=first, carried=carried
+        ) as steps,
+        Pipeline(queue, task, engine, config, timer=run.phase_timer) as pipeline,
+    ):
         for step in steps:
             started = time.perf_counter()
-            prompts = [task.prompts[index] for index in sampler.indices(step)]
             # a group of completions for each prompt, their rewards, and each one's advantage over its group
-            rollout = collect(
-                prompts,
-                task,
-                engine,
-                config,
-                weights=multipliers.weights(),
-                seed=base_seed + step + 1,
-                timer=run.phase_timer,
-            )
+            rollout = pipeline.rollout(step, multipliers.weights(), ahead=goes_ahead(step + 1, config))
             lr = learning_rate(
                 step,
                 lr=config.optim.lr,
@@ -100,8 +101,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             # push the policy towards what scored better, and hold it near the reference
             with run.phase_timer("update"):
                 metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
-                engine.push(policy.model.named_parameters(), step + 1)
-            metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
+            metrics |= pipeline.metrics | rollout_metrics(
+                rollout, task.scorer.names, config.rollout.group_size
+            )
             metrics |= task.scorer.counts()
             metrics |= multipliers.update(task.scorer.used(rollout.scored))
             for name, sign in watch.step(metrics).items():
@@ -111,6 +113,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             done = steps.taken(metrics)
             if is_due(done, config.run.eval_every) and done < config.run.steps:
                 with run.phase_timer("evaluate"):
+                    engine.push(policy.model.named_parameters(), done)
                     evaluation = evaluate(task, engine, config, seed=base_seed)
                 metrics |= means(evaluation)
                 run.logger.samples(sample_rows("step", done, task, evaluation, config.run.samples))
@@ -121,6 +124,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             run.check_stop()
 
         with run.phase_timer("evaluate"):
+            engine.push(policy.model.named_parameters(), steps.done)
             after = evaluate(task, engine, config, seed=base_seed)
         run.logger.samples(sample_rows("after", steps.done, task, after, config.run.samples))
         with run.phase_timer("save"):

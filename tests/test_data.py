@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_fast.data.prompts import PromptSampler, Row, hold_out, read_rows, spaced, tokenize
+from grpo_fast.data.prompts import Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.errors import UserError
 
 TEMPLATE = (
@@ -235,24 +233,3 @@ def test_held_out_rows_leave_training():
     assert spaced(rows, 99) == rows
     with pytest.raises(UserError, match=r"data.eval_size = 10 held-out prompts leave none of the 10"):
         hold_out(rows, 10)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 40), size=st.integers(1, 50), seed=st.integers(0, 2**32 - 1), start=st.integers(0, 30)
-)
-def test_the_sampler_takes_every_prompt_once_an_epoch_and_needs_no_state(
-    n: int, size: int, seed: int, start: int
-):
-    steps = math.ceil(2 * n / size)
-    stream = [index for step in range(steps) for index in PromptSampler(n, size, seed).indices(step)]
-    assert sorted(stream[:n]) == sorted(stream[n : 2 * n]) == list(range(n))
-    sampler = PromptSampler(n, size, seed)
-    later = sampler.indices(start)
-    assert later == PromptSampler(n, size, seed).indices(start) and len(later) == size
-    assert max(Counter(later).values()) <= math.ceil(size / n) + 1
-
-
-def test_the_order_changes_with_epoch_and_seed():
-    first, second = (PromptSampler(50, 50, 0).indices(step) for step in (0, 1))
-    assert first != second != PromptSampler(50, 50, 1).indices(1)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "grpo_fast"
 FLOORS = {
     1: "errors config data rewards packing attention run report optim trust",
     2: "models engines",
-    3: "scoring task rollout evaluate",
+    3: "scoring task rollout pipeline evaluate",
     4: "grpo constraint state summary",
     5: "train plan generate train_reward reward_plan reward_task",
 }

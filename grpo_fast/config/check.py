@@ -26,6 +26,7 @@ _RANGES: dict[str, Rule] = {
     "policy.lora_alpha": above(0),
     "data.max_prompt_tokens": at_least(1),
     "data.eval_size": at_least(1),
+    "reward.overlong_buffer": at_least(0),
     "reward.floor_lr": above(0),
     "reward.timeout_s": above(0),
     "reward.workers": at_least(1),
@@ -41,6 +42,8 @@ _RANGES: dict[str, Rule] = {
     "rollout.top_p": between(0, 1, low_open=True),
     "rollout.min_p": between(0, 1, high_open=True),
     "rollout.max_rows": at_least(1),
+    "rollout.refill": between(0, 100),
+    "rollout.rest": at_least(0),
     "engine.retries": at_least(0),
     "engine.max_mismatch": at_least(0),
     "memory.limit_gib": at_least(0),
@@ -159,6 +162,16 @@ def _check_together(config: TrainConfig) -> None:
             f"rollout.{name}",
             "biases the probability ratio: leave it off, or set loss.mismatch to truncate, mask or "
             "sequence_mask",
+        )
+    if rollout.ahead and loss.mismatch in (None, "none"):
+        raise FieldError(
+            "rollout.ahead",
+            "trains on older weights' completions: set loss.mismatch to truncate, mask or sequence_mask",
+        )
+    if config.reward.overlong_buffer > rollout.max_new_tokens:
+        raise FieldError(
+            "reward.overlong_buffer",
+            f"must be <= rollout.max_new_tokens = {rollout.max_new_tokens}, got {config.reward.overlong_buffer}",
         )
     low, high = loss.mismatch_low, loss.mismatch_high
     if low is not None and high is not None and low >= high:

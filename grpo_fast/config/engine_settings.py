@@ -15,7 +15,7 @@ class EngineSettings:
     retries: int = 2
     """Times a rollout that fails (engine gone, completions missing, stale weights, NaN) is tried again."""
     max_mismatch: float = 0.1
-    """The run stops when the engine's log-probs diverge this far from the trainer's (k3 estimate of the KL); 0: never."""
+    """KL divergence (k3 estimate) between the engine's and the trainer's log-probs that stops the run; 0: none does."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,8 @@ class RewardSettings:
     """Objectives held at this mean score while the others are maximised (Lagrange multipliers), name=number ..."""
     calibrated: bool = False
     """Put reward models' scores through the calibration that was fitted on held-out labels when they were trained."""
+    overlong_buffer: int = 0
+    """DAPO's overlong shaping: an objective `overlong` that falls from 0 to -1 over this many last tokens; 0: none."""
     floor_lr: float = 0.05
     """Step size of the multipliers, in weights a step for a gap of one standard deviation."""
     overlap: Literal["auto", "on", "off"] = "auto"
@@ -163,6 +165,12 @@ class RolloutSettings:
     """Drop tokens below this fraction of the likeliest one's probability (needs loss.mismatch)."""
     max_rows: int = 256
     """Completions generated at the same time; bounds the memory of the key-value cache."""
+    refill: int = 0
+    """Rounds in which groups that give no signal are replaced by groups of other prompts (DAPO); 0: none."""
+    rest: int = 0
+    """Most times in a row a prompt whose last groups gave no signal is passed over; 0: never."""
+    ahead: bool = False
+    """Generate the next batch while this one is trained on, by weights one step older (needs loss.mismatch)."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a completion besides the tokenizer's and the model's own."""
 

@@ -1,4 +1,4 @@
-"""Prompts: from a file or the hub to token ids, and which of them each step takes.
+"""Prompts: from a file or the hub to token ids.
 
 `read_rows` does everything that needs no model, so that a bad file is refused before one is loaded;
 `tokenize` does the rest. Every message names the file and the line (or the row, where the format has no
@@ -7,13 +7,10 @@ lines).
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from grpo_fast.data.records import one_line, read_records
 from grpo_fast.errors import UserError, did_you_mean
@@ -132,31 +129,6 @@ def hold_out(rows: list[Row], size: int) -> tuple[list[Row], list[Row]]:
             "or give data.eval_prompts"
         )
     return training, held
-
-
-@dataclass(frozen=True)
-class PromptSampler:
-    """Which of `n` prompts each step takes: every one once an epoch, in an order new each epoch.
-
-    A pure function of seed and step, so that a resumed run needs no state.
-    """
-
-    n: int
-    prompts_per_step: int
-    seed: int
-
-    def indices(self, step: int) -> list[int]:
-        """The prompts of step 0, 1, ...; an epoch may end inside a step."""
-        first = step * self.prompts_per_step
-        return [
-            int(_permutation(self.n, self.seed, place // self.n)[place % self.n])
-            for place in range(first, first + self.prompts_per_step)
-        ]
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 # ---- rows ----

@@ -32,6 +32,18 @@ _POLICY_CHARTS: list[tuple[str, str, dict[str, str], float | None]] = [
     ("Entropy", "of the policy, a token (nats)", {"entropy": "entropy"}, 0.0),
     ("Clipped tokens", "share of tokens", {"clip_low_frac": "low", "clip_high_frac": "high"}, 0.0),
     ("Probability ratio", "new to old policy", {"ratio_mean": "mean", "ratio_max": "max"}, None),
+    (
+        "Engine against trainer",
+        "distance between the log-probs of the two, a token",
+        {"mismatch_k3": "KL (k3)", "mismatch_mean": "mean |Δ|"},
+        0.0,
+    ),
+    (
+        "Effective sample",
+        "share of the tokens that counts under the weights trainer / engine",
+        {"mismatch_ess": "share"},
+        None,
+    ),
     ("Completion length", "tokens", {"length_mean": "mean", "length_max": "max"}, 0.0),
     ("Cut off", "share of completions at the length limit", {"truncated_frac": "cut"}, 0.0),
     ("Groups without signal", "share whose rewards are all alike", {"flat_groups_frac": "share"}, 0.0),

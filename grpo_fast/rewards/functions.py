@@ -27,6 +27,7 @@ from grpo_fast.config.settings import RewardSettings
 from grpo_fast.data.prompts import Messages, Row, as_messages
 from grpo_fast.data.records import one_line
 from grpo_fast.errors import UserError, did_you_mean
+from grpo_fast.rewards.overlong import OVERLONG
 from grpo_fast.rewards.user_function import RewardFunction, described, load_function
 
 
@@ -127,9 +128,12 @@ def with_messages(columns: dict[str, Any], messages: Messages | None) -> dict[st
 # ---- objectives ----
 
 
-def combine_names(heads: Sequence[str], rubrics: Sequence[str], functions: Sequence[str]) -> list[str]:
-    """The objectives in the order of the reward matrix: heads, then rubrics, then functions' names."""
+def combine_names(
+    heads: Sequence[str], rubrics: Sequence[str], functions: Sequence[str], overlong: bool = False
+) -> list[str]:
+    """The objectives in the order of the reward matrix: heads, rubrics, functions' names, the length's."""
     sources = {"a head of the reward model": heads, "a rubric": rubrics, "a reward function's": functions}
+    sources["the length's (reward.overlong_buffer)"] = [OVERLONG] if overlong else []
     owner: dict[str, str] = {}
     for source, names in sources.items():
         for name in names:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.config.settings import (
     LossSettings,
     OptimSettings,
@@ -75,6 +76,7 @@ def settings(preset: Any, backend: Any, token_budget: int) -> TrainConfig:
         loss=LossSettings(preset=preset),
         optim=OptimSettings(token_budget=token_budget),
         rollout=RolloutSettings(group_size=GROUP, max_new_tokens=64, prompts_per_step=PROMPTS),
+        engine=EngineSettings(max_mismatch=0.0),  # the rollouts' log-probs are made up
     )
 
 

@@ -1,0 +1,27 @@
+"""The in-process engine on weights of its own, for generating while the policy is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo_fast.engines.local import LocalEngine
+
+
+class SeparateEngine(LocalEngine):
+    """A `LocalEngine` on a copy of the model, which `push` brings up to date: one more set of weights in memory."""
+
+    def __init__(self, model: PreTrainedModel, *, max_rows: int = 256) -> None:
+        super().__init__(copy.deepcopy(model).requires_grad_(False), max_rows=max_rows)
+
+    @torch.no_grad()
+    def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy the weights; nothing may be generated meanwhile."""
+        own = dict(self.model.named_parameters())
+        for name, parameter in named_parameters:
+            own[name].copy_(parameter)
+        super().push((), version)

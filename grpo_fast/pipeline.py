@@ -1,0 +1,105 @@
+"""Step after step's rollout: which prompts, groups without signal replaced, and one step ahead where that is asked for.
+
+Letters: P prompts of a step, R objectives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.data.queue import PromptQueue
+from grpo_fast.engines.base import RolloutEngine
+from grpo_fast.rollout import Rollout, Timer, collect, refilled
+from grpo_fast.task import Task
+
+ROUND_SEEDS = 1 << 24
+"""Distance between the seeds of a step's rounds: more than there are steps."""
+
+
+class Pipeline:
+    """Gives each step its rollout; a context manager.
+
+    With `rollout.ahead` the next step's completions are generated and scored in a thread, by weights that are pushed
+    to the engine before the step's update, while the step trains: the engine then has weights of its own. Rollouts
+    depend on the step and the weights alone, so a run gives the same metrics every time.
+    """
+
+    def __init__(
+        self, queue: PromptQueue, task: Task, engine: RolloutEngine, config: TrainConfig, *, timer: Timer
+    ) -> None:
+        self._queue, self._task, self._engine, self._config = queue, task, engine, config
+        self._timer = timer
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
+        self._coming: Future[tuple[Rollout, dict[str, float]]] | None = None
+        self.metrics: dict[str, float] = {}
+        """Of the last rollout: groups replaced, seconds generated ahead."""
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def rollout(self, step: int, weights: Tensor, *, ahead: bool) -> Rollout:
+        """The rollout of `step`; with `ahead` that of the next one is begun.
+
+        `weights` (R,): the objectives' weights.
+        """
+        if self._coming is None:
+            self._push(step)
+            rollout, self.metrics = self._make(step, weights, self._timer)
+        else:
+            with self._timer("generate"):
+                rollout, self.metrics = self._coming.result()
+        self._coming = None
+        self._queue.settle()
+        if ahead:
+            self._push(step)
+            self._coming = self._thread.submit(self._make_aside, step + 1, weights)
+        return rollout
+
+    def _push(self, version: int) -> None:
+        self._engine.push(self._task.policy.model.named_parameters(), version)
+
+    def _make_aside(self, step: int, weights: Tensor) -> tuple[Rollout, dict[str, float]]:
+        """The same in the thread, on a CUDA stream of its own."""
+        started = time.perf_counter()
+        device = self._task.policy.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if stream:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            rollout, metrics = self._make(step, weights, lambda _: nullcontext())
+        return rollout, metrics | {"time/ahead_s": time.perf_counter() - started}
+
+    def _make(
+        self, step: int, weights: Tensor, timer: Callable[[str], AbstractContextManager[None]]
+    ) -> tuple[Rollout, dict[str, float]]:
+        config, task = self._config, self._task
+        seed = (config.seed << 32) + step + 1
+
+        def groups(count: int, seed: int) -> Rollout:
+            indices = self._queue.take(count)
+            prompts = [task.prompts[index] for index in indices]
+            found = collect(prompts, task, self._engine, config, weights=weights, seed=seed, timer=timer)
+            self._queue.record(indices, found.flat)
+            return found
+
+        rollout = groups(config.rollout.prompts_per_step, seed)
+        replaced = 0
+        for attempt in range(1, config.rollout.refill + 1):
+            missing = sum(rollout.flat)
+            if not missing:
+                break
+            rollout = refilled(
+                rollout, groups(missing, seed + attempt * ROUND_SEEDS), task.scorer, config, weights
+            )
+            replaced += missing - sum(rollout.flat)
+        return rollout, {"refilled_groups": float(replaced)} if config.rollout.refill else {}
