@@ -102,6 +102,8 @@ def _check_names(config: TrainConfig) -> None:
         raise FieldError("policy.lora_targets", "must name at least one layer, or be all-linear")
     if not all(config.rollout.stop_tokens):
         raise FieldError("rollout.stop_tokens", "must not hold an empty text")
+    if not all(config.rollout.stop_strings):
+        raise FieldError("rollout.stop_strings", "must not hold an empty text")
 
 
 def _check_rewards(config: TrainConfig) -> None:

@@ -165,6 +165,8 @@ class RolloutSettings:
     """Completions generated at the same time; bounds the memory of the key-value cache."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a completion besides the tokenizer's and the model's own."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion, wherever their tokens begin and end; what completes them belongs to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
