@@ -162,6 +162,14 @@ def _check_together(config: TrainConfig) -> None:
             "biases the probability ratio: leave it off, or set loss.mismatch to truncate, mask or "
             "sequence_mask",
         )
+    if config.engine.kv_dtype == "fp8" and loss.mismatch in (None, "none"):
+        raise FieldError(
+            "engine.kv_dtype",
+            "fp8 samples from a slightly different distribution: use auto, or set loss.mismatch to truncate, mask or "
+            "sequence_mask",
+        )
+    if config.engine.merge_lora and not policy.lora_rank:
+        raise FieldError("engine.merge_lora", "needs policy.lora_rank: there is no adapter to merge")
     low, high = loss.mismatch_low, loss.mismatch_high
     if low is not None and high is not None and low >= high:
         raise FieldError("loss.mismatch_low", f"must be < loss.mismatch_high = {high}, got {low}")

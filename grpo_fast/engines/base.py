@@ -29,7 +29,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """A completion ends with the first of these tokens, which belongs to it"""
     stop_strings: tuple[str, ...] = ()
-    """A completion ends with the token that completes the first of these texts; it and what it completes belong to it"""
+    """A completion ends with the token that completes the first of these texts; both belong to it"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):

@@ -62,12 +62,12 @@ class Decoder:
         return result
 
     def add(self, first: int, token: Tensor, lengths: Sequence[int], uniform: np.ndarray) -> None:
-        """Rows from `first` on: their first tokens (n,), drawn already, their prompts' lengths, their streams (n, T)."""
+        """Rows from `first` on: first tokens (n,), drawn already, lengths of the prompts, streams (n, up to T)."""
         rows = slice(first, first + len(lengths))
         self.token[rows] = token[:, None]
         self.position[rows] = torch.tensor(lengths, device=token.device)[:, None]
         self.drawn[rows] = 1
-        self.uniform[rows] = torch.from_numpy(uniform).to(token.device, non_blocking=True)
+        self.uniform[rows, : uniform.shape[1]] = torch.from_numpy(uniform).to(token.device, non_blocking=True)
 
     def keep(self, count: int, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Rows `sources` take the places `targets`, with their keys and values; the first `count` go on."""

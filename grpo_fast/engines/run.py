@@ -78,7 +78,7 @@ class Run:
         self.hidden: dict[
             int, Tensor
         ] = {}  # of stored prompts, where their first tokens are drawn from: (H,)
-        self.unplaced = Counter({p: n for p in range(len(prompts))})  # samples of a prompt without a row
+        self.unplaced = Counter(dict.fromkeys(range(len(prompts)), n))  # samples of a prompt without a row
         self.in_rows: Counter[int] = Counter()  # rows of a prompt
         self.done: dict[tuple[int, int], _Row] = {}
         self.ended: list[int] = []  # the prompts of the completions that ended since `take_whole`
