@@ -37,7 +37,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     """
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
-    engine = LocalEngine(policy.model, max_rows=config.rollout.max_rows)
+    engine = LocalEngine(
+        policy.model, max_rows=config.rollout.max_rows, settings=config.engine, decode=task.decode
+    )
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     optimizer = Optimizer(
