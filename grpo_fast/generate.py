@@ -57,7 +57,12 @@ class Speaker:
         device, dtype = _device_and_dtype()
         self.policy = Policy.load(model, device=device, dtype=dtype)
         self.policy.eval()
-        self.engine = LocalEngine(self.policy.model, max_rows=self.config.rollout.max_rows)
+        self.engine = LocalEngine(
+            self.policy.model,
+            max_rows=self.config.rollout.max_rows,
+            settings=replace(self.config.engine, cuda_graphs="off"),  # a few answers are not worth a capture
+            decode=self._decode,
+        )
         template = bool(getattr(self.policy.tokenizer, "chat_template", None))
         recorded = (read_summary(run) or {}).get("prompt_format")
         self.chat = (recorded != "plain" and template) if chat is None else chat
@@ -65,6 +70,9 @@ class Speaker:
         saved = read_saved(self.config.reward.model or ([str(judge)] if judge.is_dir() else []))
         models = [RewardModel.load(model, device=device, dtype=dtype) for model in saved]
         self.rewards = RewardSet.of(models) if models else None
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def answer(
         self,
@@ -82,7 +90,7 @@ class Speaker:
         asked = [{"role": "user", "content": text}] if self.chat else text
         system = self.config.data.system_prompt if self.chat else ""
         [encoded] = tokenize([Row(asked, {}, "prompt")], self.policy.tokenizer, system_prompt=system)
-        tokenizer, rollout = self.policy.tokenizer, self.config.rollout
+        rollout = self.config.rollout
         if temperature is not None:
             rollout = replace(rollout, temperature=temperature)
         if max_new_tokens is not None:
@@ -96,7 +104,7 @@ class Speaker:
                 "shorten it or lower --max-new-tokens"
             )
         completions = self.engine.generate([encoded.token_ids], samples, sampling, seed)
-        texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
+        texts = [self._decode(c.token_ids) for c in completions]
         scores: list[dict[str, float]] = [{} for _ in texts]
         if self.rewards:
             asked = [encoded.messages or encoded.text] * samples

@@ -48,7 +48,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
     engine_kind = SeparateEngine if config.rollout.ahead else LocalEngine
-    engine = engine_kind(policy.model, max_rows=config.rollout.max_rows)
+    engine = engine_kind(
+        policy.model, max_rows=config.rollout.max_rows, settings=config.engine, decode=task.decode
+    )
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     optimizer = Optimizer(

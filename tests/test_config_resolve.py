@@ -10,6 +10,7 @@ import torch
 from grpo_kernels import LossConfig
 
 from grpo_fast.config.command_line import parse
+from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.config.resolve import (
     advantage_choice,
     check_paths,
@@ -58,6 +59,8 @@ def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch):
         resolve_device(TrainConfig(device="cuda"))
     with pytest.raises(FieldError, match=r"policy.backend triton needs a CUDA device"):
         resolve_device(TrainConfig(policy=PolicySettings(backend="triton")))
+    with pytest.raises(FieldError, match=r"engine.cuda_graphs needs a CUDA device"):
+        resolve_device(TrainConfig(engine=EngineSettings(cuda_graphs="on")))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device(TrainConfig()).type == "cuda"

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from grpo_fast.attention import paths
-from grpo_fast.attention.plan import DecodePlan, PackedPlan, PrefillPlan
+from grpo_fast.attention.decode import DecodePlan
+from grpo_fast.attention.plan import PackedPlan, PrefillPlan
 from grpo_fast.errors import UserError
 
 __all__ = ["ATTENTION_NAME", "DecodePlan", "PackedPlan", "PrefillPlan", "attention", "use_packed_attention"]
@@ -74,10 +75,9 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, DecodePlan):
         layer = _layer_index(module)
-        out = paths.decode(
-            query, key, value, plan, layer, scale=scale, window=sliding_window, softcap=softcap
-        )
-        return out, None
+        return plan.attend(
+            query, key, value, layer, scale=scale, window=sliding_window, softcap=softcap
+        ), None
     if query.shape[0] != 1 or query.shape[2] != plan.length:
         raise ValueError(
             f"the plan covers (1, {plan.length}) positions, got {(query.shape[0], query.shape[2])}"

@@ -1,9 +1,9 @@
-"""Attention over ragged segments: four ways to compute the same numbers.
+"""Attention over ragged segments: three ways to compute the same numbers.
 
 `padded` works anywhere and knows softcap and windows; `by_segment` calls SDPA once a segment; `varlen` is one
-fused CUDA kernel for all segments; `decode` serves one new token a row. `attention.py` chooses.
+fused CUDA kernel for all segments. `function.py` chooses.
 
-Letters: L packed positions, H query heads, K key heads, G = H / K, D head width, B rows.
+Letters: L packed positions, H query heads, K key heads, G = H / K, D head width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_fast.attention.plan import Chunk, DecodePlan, PackedPlan
+from grpo_fast.attention.plan import Chunk, PackedPlan
 
 SAVED_BYTES = 1 << 24
 """Probabilities up to this size are kept from forward to backward; larger ones are computed again."""
@@ -276,32 +276,3 @@ def varlen_packages(*, window: int | None, softcap: float | None) -> list[str]:
     if importlib.util.find_spec("flash_attn") is not None:
         packages.append("flash_attn")
     return packages
-
-
-def decode(
-    q: Tensor,  # (B, H, 1, D)
-    k: Tensor,  # (B, K, 1, D)
-    v: Tensor,  # (B, K, 1, Dv)
-    plan: DecodePlan,
-    layer: int,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:  # (B, 1, H, Dv)
-    """One new token for every row, against that row's cached keys; key heads are never repeated."""
-    keys, values = plan.append(layer, k, v)  # (B, K, span, D)
-    rows, key_heads = keys.shape[:2]
-    heads, dim = q.shape[1], q.shape[3]
-    mask = plan.mask(window)  # (B, 1, span)
-    grouped = q.reshape(rows, key_heads, heads // key_heads, dim)
-    if softcap is None and q.dtype != torch.float32:
-        mixed = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=mask[:, None].to(q.dtype), scale=scale
-        )
-        return mixed.reshape(rows, 1, heads, -1)
-    scores = torch.matmul(grouped, keys.transpose(2, 3)).float().mul_(scale)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    p = scores.add_(mask[:, None]).softmax(-1).to(q.dtype)
-    return torch.matmul(p, values).view(rows, 1, heads, -1)

@@ -1,10 +1,10 @@
 """What attention needs to know about one forward pass: who attends to whom, and where the keys are.
 
 A plan travels from `model.base_model(..., plan=plan)` through the model's keyword arguments to every layer's
-attention. `PackedPlan` describes sequences laid side by side, `PrefillPlan` also keeps the keys and values it
-meets, and `DecodePlan` owns a KV cache and describes one new token for each of its rows.
+attention. `PackedPlan` describes sequences laid side by side, and `PrefillPlan` also keeps the keys and values it
+meets; the plan of decoding is in `decode.py`.
 
-Letters: L packed positions, S segments, H query heads, K key heads, G = H / K, D head width, B rows, T slots.
+Letters: L packed positions, S segments, H query heads, K key heads, G = H / K, D head width.
 """
 
 from __future__ import annotations
@@ -180,97 +180,3 @@ class PrefillPlan(PackedPlan):
 
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
     """Layer index -> keys (K, L, D) and values (K, L, D), rotary embedding applied."""
-
-
-class DecodePlan:
-    """A KV cache for up to `max_rows` rows, and the description of one decoding step.
-
-    Row b's keys lie in slots 0 .. length of a (B, K, T, D) buffer for each layer, so rows of any length stand
-    side by side. T grows in blocks as sequences do. Rows are always dense: `move` fills the holes of rows
-    that ended.
-    """
-
-    def __init__(self, max_rows: int, *, block: int = 64) -> None:
-        self.max_rows = max_rows
-        self.block = block
-        self.slots = 0  # T
-        self.span = 0  # slots that this step looks at
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        self._lengths = torch.zeros(0, dtype=torch.int64)
-        self._masks: dict[int | None, Tensor] = {}
-        self._slot_index: dict[int, Tensor] = {}
-
-    def reserve(self, slots: int) -> None:
-        """Make room for sequences of `slots` tokens, rounded up to a block; what is cached stays."""
-        if slots <= self.slots:
-            return
-        self.slots = -(-max(slots, self.slots + self.slots // 2) // self.block) * self.block
-        for cache in (self.keys, self.values):
-            for layer, old in cache.items():
-                new = old.new_zeros(*old.shape[:2], self.slots, old.shape[3])
-                new[:, :, : old.shape[2]] = old
-                cache[layer] = new
-
-    def admit(
-        self,
-        rows: Tensor,  # (R,) int64
-        positions: Tensor,  # (R, P) int64 into the prefill's L; padding may be any valid position
-        prefill: PrefillPlan,
-    ) -> None:
-        """Copy the keys and values at `positions` of a prefill to the slots 0 .. P-1 of `rows`."""
-        count, width = positions.shape
-        self.reserve(width + 1)
-        for layer, pair in prefill.kept.items():
-            for cache, source in zip((self.keys, self.values), pair, strict=True):
-                heads, _, dim = source.shape
-                if layer not in cache:
-                    # zeros, not empty: a masked slot still meets its value as 0 · value, and 0 · NaN is NaN
-                    cache[layer] = source.new_zeros(self.max_rows, heads, self.slots, dim)
-                taken = source.index_select(1, positions.flatten()).view(heads, count, width, dim)
-                cache[layer][:, :, :width].index_copy_(0, rows, taken.transpose(0, 1))
-
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy whole rows `sources` (R,) onto rows `targets` (R,)."""
-        for cache in (self.keys, self.values):
-            for buffer in cache.values():
-                used = buffer[:, :, : self.span]
-                used.index_copy_(0, targets, used.index_select(0, sources))
-
-    def begin(self, lengths: Tensor, span: int) -> None:
-        """Describe the next step: row b appends a token at slot `lengths[b]`; `span` is the largest of them +
-        1.
-
-        `lengths` (B,) int64 lies on the model's device; `span` is known to the host, so nothing synchronises.
-        """
-        self.reserve(span)
-        self.span = span
-        self._lengths = lengths
-        self._masks.clear()
-        self._slot_index.clear()
-
-    def mask(self, window: int | None) -> Tensor:
-        """(B, 1, span) float32: 0 for the slots a row may look at, -inf for the others."""
-        if window is not None and window >= self.span:
-            window = None
-        if window not in self._masks:
-            slot = torch.arange(self.span, device=self._lengths.device)
-            length = self._lengths[:, None]
-            hidden = slot > length
-            if window is not None:
-                hidden |= slot <= length - window
-            mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
-            self._masks[window] = mask[:, None]
-        return self._masks[window]
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this step's keys and values (B, K, 1, D); returns all slots in use, (B, K, span, D)."""
-        rows, heads = key.shape[:2]
-        if heads not in self._slot_index:
-            row = torch.arange(rows * heads, device=key.device).view(rows, heads) * self.slots
-            self._slot_index[heads] = (row + self._lengths[:, None]).flatten()
-        index = self._slot_index[heads]
-        for cache, new in ((self.keys, key), (self.values, value)):
-            buffer = cache[layer]
-            buffer.view(-1, new.shape[-1]).index_copy_(0, index, new.reshape(-1, new.shape[-1]))
-        return self.keys[layer][:rows, :, : self.span], self.values[layer][:rows, :, : self.span]

@@ -105,6 +105,8 @@ def _check_names(config: TrainConfig) -> None:
         raise FieldError("policy.lora_targets", "must name at least one layer, or be all-linear")
     if not all(config.rollout.stop_tokens):
         raise FieldError("rollout.stop_tokens", "must not hold an empty text")
+    if not all(config.rollout.stop_strings):
+        raise FieldError("rollout.stop_strings", "must not hold an empty text")
 
 
 def _check_rewards(config: TrainConfig) -> None:
@@ -173,6 +175,14 @@ def _check_together(config: TrainConfig) -> None:
             "reward.overlong_buffer",
             f"must be <= rollout.max_new_tokens = {rollout.max_new_tokens}, got {config.reward.overlong_buffer}",
         )
+    if config.engine.kv_dtype == "fp8" and loss.mismatch in (None, "none"):
+        raise FieldError(
+            "engine.kv_dtype",
+            "fp8 samples from a slightly different distribution: use auto, or set loss.mismatch to truncate, mask or "
+            "sequence_mask",
+        )
+    if config.engine.merge_lora and not policy.lora_rank:
+        raise FieldError("engine.merge_lora", "needs policy.lora_rank: there is no adapter to merge")
     low, high = loss.mismatch_low, loss.mismatch_high
     if low is not None and high is not None and low >= high:
         raise FieldError("loss.mismatch_low", f"must be < loss.mismatch_high = {high}, got {low}")

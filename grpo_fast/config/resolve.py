@@ -72,6 +72,10 @@ def resolve_device(config: TrainConfig) -> torch.device:
     device = device_named(config.device)
     if config.policy.liger and device.type != "cuda":
         raise FieldError("policy.liger", f"needs a CUDA device, the run is on {device.type}; leave it off")
+    if config.engine.cuda_graphs == "on" and device.type != "cuda":
+        raise FieldError(
+            "engine.cuda_graphs", f"needs a CUDA device, the run is on {device.type}; use auto or off"
+        )
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     backend = config.policy.backend
     if backend in ("triton", "fused") and device.type != "cuda" and not interpreted:

@@ -173,6 +173,8 @@ class RolloutSettings:
     """Generate the next batch while this one is trained on, by weights one step older (needs loss.mismatch)."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a completion besides the tokenizer's and the model's own."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion, wherever their tokens begin and end; what completes them belongs to it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ class Sampling:
     """Only tokens at least this fraction as likely as the most likely one (0: all)"""
     stop_token_ids: tuple[int, ...] = ()
     """A completion ends with the first of these tokens, which belongs to it"""
+    stop_strings: tuple[str, ...] = ()
+    """A completion ends with the token that completes the first of these texts; both belong to it"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -40,6 +42,8 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p must lie between 0 and 1, got {self.min_p}")
+        if not all(self.stop_strings):
+            raise UserError("stop_strings must not hold an empty text")
 
     @classmethod
     def of(cls, settings: RolloutSettings, stop_token_ids: Iterable[int]) -> Sampling:
@@ -51,6 +55,7 @@ class Sampling:
             top_p=settings.top_p,
             min_p=settings.min_p,
             stop_token_ids=tuple(stop_token_ids),
+            stop_strings=settings.stop_strings,
         )
 
     @property
@@ -64,7 +69,7 @@ class Completion:
     """One sampled answer."""
 
     token_ids: list[int]
-    """At least one token; the stop token is the last one when `finish_reason` is "stop\""""
+    """At least one token; when `finish_reason` is "stop", the last one is a stop token or completes a stop string"""
     logprobs: Tensor
     """(len(token_ids),) float32 on the CPU: log-prob of each token under the distribution it was drawn from,
     that is after temperature *and* truncation. This is the denominator that importance weights against the

@@ -1,46 +1,34 @@
-"""Generation in the training process, on the very weights that are trained: nothing to copy or to
-synchronise.
+"""Generation in the training process, on the very weights that are trained: nothing to copy or to synchronise.
 
-Prompts are prefilled packed, each once for all its completions. Rows decode together in a KV cache of their
-own; a row that ends makes room at once, so ended completions cost nothing, and waiting ones take the free
-places.
-
-Letters: B rows decoding, V vocabulary, P prompts of a prefill.
+`run.py` schedules prompts and rows, `decoder.py` is one step of all rows, and the keys and values lie in one of the
+caches of `grpo_fast.attention`.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_fast.attention.function import use_packed_attention
-from grpo_fast.attention.plan import DecodePlan, PackedPlan, PrefillPlan
+from grpo_fast.attention.group_cache import GroupCache
+from grpo_fast.attention.paged_cache import PagedCache, pages_of
+from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.engines.base import Completion, Sampling
-from grpo_fast.engines.sampling import draw, uniforms
+from grpo_fast.engines.decoder import Decoder
+from grpo_fast.engines.graphs import Capture, CudaCapture, StepGraphs
+from grpo_fast.engines.readback import results_later
+from grpo_fast.engines.run import Run
+from grpo_fast.engines.stops import Decode
 from grpo_fast.errors import UserError
 from grpo_fast.models.head import HeadSpec, head_of
+from grpo_fast.models.lora import merged_adapters
 
 Progress = Callable[[int, int, int], None]
 """Called with (completions done, completions in all, tokens so far) after every step."""
-
-
-@dataclass
-class _Row:
-    """A completion under way."""
-
-    prompt: int
-    sample: int
-    uniform: np.ndarray  # (max_new_tokens,) float64
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
 
 
 class LocalEngine:
@@ -53,13 +41,35 @@ class LocalEngine:
     matrix products of different sizes.
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_rows: int = 256, prefill_tokens: int = 16384) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_rows: int = 256,
+        prefill_tokens: int = 16384,
+        settings: EngineSettings | None = None,
+        decode: Decode | None = None,
+    ) -> None:
+        """`decode` turns token ids into text; only stop strings need it.
+
+        On a CUDA device keys and values lie in pages, which like the captured graphs are kept from call to call until
+        `sleep`. On the CPU they are dense and freed with each call, except in 8 bits.
+        """
         if max_rows < 1:
             raise UserError(f"max_rows must be at least 1, got {max_rows}")
         self.model = use_packed_attention(model)
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens
+        self.settings = settings or EngineSettings()
+        self.decode = decode
         self.version = 0
+        on_cuda = self.model.device.type == "cuda"
+        self._paged = on_cuda or self.settings.kv_dtype == "fp8"
+        self._behind = int(on_cuda)  # the host reads one step's tokens while the device works on the next
+        graphs = on_cuda and self.settings.cuda_graphs != "off"
+        self._capture: Callable[[], Capture] | None = CudaCapture if graphs else None
+        self._held: Decoder | None = None
+        self._graphs: StepGraphs | None = None
 
     def generate(
         self,
@@ -78,211 +88,100 @@ class LocalEngine:
         """
         head = head_of(self.model)
         _check(prompts, n, head.weight.shape[0])
-        with _evaluating(self.model), torch.no_grad():
-            run = _Run(self.model, head, prompts, n, sampling, seed, self.max_rows, self.prefill_tokens)
-            while run.waiting or run.rows:
-                if run.should_admit():
-                    run.admit()
-                else:
-                    run.step()
+        if sampling.stop_strings and self.decode is None:
+            raise UserError("stop_strings need the tokenizer: give the engine its decode")
+        if not prompts:
+            return []
+        with _evaluating(self.model), torch.no_grad(), self._merged():
+            run = self._run(head, prompts, n, sampling, seed)
+            while run.unfinished:
+                run.advance()
                 if on_group is not None:
-                    for prompt in run.take_whole(n):
+                    for prompt in run.take_whole():
                         on_group(prompt, [run.completion(prompt, s, self.version) for s in range(n)])
                 if on_progress is not None:
                     on_progress(len(run.done), len(prompts) * n, run.tokens)
         return [run.completion(p, s, self.version) for p in range(len(prompts)) for s in range(n)]
+
+    def _merged(self) -> AbstractContextManager[None]:
+        if not self.settings.merge_lora:
+            return nullcontext()
+        return merged_adapters(self.model, on_host=self.settings.merge_copies == "host")
+
+    def _run(self, head: HeadSpec, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> Run:
+        rows = min(self.max_rows, len(prompts) * n)
+        if self._paged:
+            decoder = self._held_decoder(head, rows, max(map(len, prompts)), sampling.max_new_tokens, n)
+        else:
+            cache = GroupCache(rows, head.weight.device)
+            decoder = Decoder(self.model, head, cache, max_rows=rows, max_new_tokens=sampling.max_new_tokens)
+        step = decoder.step if self._graphs is None else self._graphs.step
+        return Run(
+            decoder,
+            results_later(lambda count: step(count, sampling), rows, self._behind, head.weight.device),
+            prompts,
+            n,
+            sampling,
+            seed,
+            max_rows=rows,
+            prefill_tokens=self.prefill_tokens,
+            layers=self.model.config.get_text_config(decoder=True).num_hidden_layers,
+            behind=self._behind,
+            decode=self.decode,
+        )
+
+    def _held_decoder(self, head: HeadSpec, rows: int, prompt: int, new: int, n: int) -> Decoder:
+        """The decoder of pages and graphs that is kept from call to call, made larger when a call needs that."""
+        held, graphs = self._held, self._graphs
+        # stragglers keep their groups' prompts: twice the groups that fill the rows, but never more than rows
+        prompts = min(rows, 2 * -(-rows // n) + 1)
+        if held is not None:
+            assert isinstance(held.cache, PagedCache)
+            enough = prompts * pages_of(prompt) + rows * pages_of(new) < held.cache.count
+            fits = rows <= held.max_rows and prompt <= held.cache.max_prompt and new <= held.max_new_tokens
+            if not (enough and fits and held.head.weight.device == head.weight.device):
+                rows, new = max(rows, held.max_rows), max(new, held.max_new_tokens)
+                prompt = max(prompt, held.cache.max_prompt)
+                held = None
+        if held is None:
+            self.sleep()
+            cache = PagedCache(
+                rows,
+                head.weight.device,
+                max_prompt=prompt,
+                max_new_tokens=new,
+                prompts=prompts,
+                fp8=self.settings.kv_dtype == "fp8",
+            )
+            held = Decoder(self.model, head, cache, max_rows=rows, max_new_tokens=new)
+            self._held = held
+            if self._capture is not None:
+                graphs = self._graphs = StepGraphs(held, self._capture())
+        assert isinstance(held.cache, PagedCache)
+        held.head = head
+        held.cache.clear()
+        if graphs is not None:
+            graphs.check_weights(self.model)
+        return held
+
+    def memory(self) -> int:
+        """Bytes of keys and values held between calls."""
+        return 0 if self._held is None else self._held.cache.nbytes
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Note the version; the weights are the trainer's own."""
         self.version = version
 
     def sleep(self) -> None:
-        """Nothing is held between calls."""
+        """Give back the graphs and the keys and values that CUDA keeps between calls; the CPU keeps none."""
+        self._held = self._graphs = None
 
     def wake(self) -> None:
-        """Nothing to prepare."""
+        """Nothing: what is needed is made by the next `generate`."""
 
     def close(self) -> None:
-        """Nothing to release."""
-
-
-class _Run:
-    """The state of one `generate` call: completions waiting, decoding and done."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        head: HeadSpec,
-        prompts: list[list[int]],
-        n: int,
-        sampling: Sampling,
-        seed: int,
-        max_rows: int,
-        prefill_tokens: int,
-    ) -> None:
-        self.base = model.base_model
-        self.layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        self.head = head
-        self.prompts = prompts
-        self.sampling = sampling
-        self.stops = frozenset(sampling.stop_token_ids)
-        self.seed = seed
-        self.device = head.weight.device
-        self.max_rows = min(max_rows, len(prompts) * n)
-        self.prefill_tokens = prefill_tokens
-        self.waiting = deque((p, s) for p in range(len(prompts)) for s in range(n))
-        self.rows: list[_Row] = []
-        self.done: dict[tuple[int, int], _Row] = {}
-        self.ended: list[int] = []  # the prompts of the completions that ended since `take_whole`
-        self.ended_of: Counter[int] = Counter()
-        self.tokens = 0
-        self.cache = DecodePlan(self.max_rows)
-        self.uniform = torch.zeros(
-            self.max_rows, sampling.max_new_tokens, dtype=torch.float64, device=self.device
-        )
-        self.next_token = torch.zeros(0, 1, dtype=torch.int64, device=self.device)  # (B, 1)
-        self.length = torch.zeros(0, dtype=torch.int64, device=self.device)  # (B,) tokens already cached
-        self.drawn = torch.zeros(0, 1, dtype=torch.int64, device=self.device)  # (B, 1) tokens already drawn
-
-    def should_admit(self) -> bool:
-        """Prefill when it fills a good part of the places at once; a prefill for every free place is slow."""
-        free = self.max_rows - len(self.rows)
-        return bool(self.waiting) and (
-            not self.rows or free >= min(len(self.waiting), -(-self.max_rows // 4))
-        )
-
-    def admit(self) -> None:
-        """Prefill the next prompts, draw the first token of their completions and give them rows."""
-        fresh: list[_Row] = []
-        used: list[int] = []  # prompts, in the order of the prefill
-        total = 0
-        while self.waiting and len(self.rows) + len(fresh) < self.max_rows:
-            prompt, sample = self.waiting[0]
-            if not used or used[-1] != prompt:
-                if used and total + len(self.prompts[prompt]) > self.prefill_tokens:
-                    break
-                used.append(prompt)
-                total += len(self.prompts[prompt])
-            self.waiting.popleft()
-            uniform = uniforms(self.seed, prompt, sample, self.sampling.max_new_tokens)
-            fresh.append(_Row(prompt, sample, uniform))
-        lengths = [len(self.prompts[p]) for p in used]
-        plan = PrefillPlan.of_lengths(lengths, self.device)
-        ids = torch.tensor([[token for p in used for token in self.prompts[p]]], device=self.device)
-        positions = torch.tensor([[i for length in lengths for i in range(length)]], device=self.device)
-        last = torch.tensor(plan.q_starts[1:], device=self.device) - 1
-        hidden = self._forward(ids, positions, plan)[0, last]  # (P, H)
-        if len(plan.kept) != self.layers:
-            name = type(self.base).__name__
-            raise UserError(
-                f"{name}: {len(plan.kept)} of {self.layers} layers pass their keys to the attention"
-            )
-        place = {prompt: i for i, prompt in enumerate(used)}
-        which = torch.tensor([place[row.prompt] for row in fresh], device=self.device)
-        uniform = torch.from_numpy(np.stack([row.uniform for row in fresh])).to(self.device)
-        token, logprob = draw(self.head.logits(hidden)[which], uniform[:, 0], self.sampling)
-        alive = self._record(fresh, token, logprob)
-        self._give_rows([fresh[i] for i in alive], which[alive], token[alive], uniform[alive], lengths, plan)
-
-    def _give_rows(
-        self,
-        fresh: list[_Row],
-        which: Tensor,  # (R,) place of each row's prompt in the prefill
-        token: Tensor,  # (R,)
-        uniform: Tensor,  # (R, max_new_tokens)
-        lengths: list[int],
-        plan: PrefillPlan,
-    ) -> None:
-        if not fresh:
-            return
-        rows = torch.arange(len(self.rows), len(self.rows) + len(fresh), device=self.device)
-        start = torch.tensor(plan.q_starts[:-1], device=self.device)[which]
-        length = torch.tensor(lengths, device=self.device)[which]
-        widest = max(len(self.prompts[row.prompt]) for row in fresh)
-        slot = torch.minimum(torch.arange(widest, device=self.device), length[:, None] - 1)
-        self.cache.admit(rows, start[:, None] + slot, plan)
-        self.uniform[rows] = uniform
-        self.next_token = torch.cat([self.next_token, token[:, None]])
-        self.length = torch.cat([self.length, length])
-        self.drawn = torch.cat([self.drawn, torch.ones_like(token)[:, None]])
-        self.rows.extend(fresh)
-
-    def step(self) -> None:
-        """One more token for every row."""
-        span = max(len(self.prompts[row.prompt]) + len(row.tokens) for row in self.rows)
-        self.cache.begin(self.length, span)
-        hidden = self._forward(self.next_token, self.length[:, None], self.cache)[:, 0]  # (B, H)
-        uniform = self.uniform[: len(self.rows)].gather(1, self.drawn)[:, 0]
-        token, logprob = draw(self.head.logits(hidden), uniform, self.sampling)
-        self.next_token = token[:, None]
-        self.length = self.length + 1
-        self.drawn = self.drawn + 1
-        alive = self._record(self.rows, token, logprob)
-        if len(alive) < len(self.rows):
-            self._close_ranks(alive)
-
-    def _close_ranks(self, alive: list[int]) -> None:
-        """Move the last rows into the places of those that ended, so the rows in use stay the first ones."""
-        count = len(alive)
-        staying = set(alive)
-        holes = [i for i in range(count) if i not in staying]
-        tails = [i for i in alive if i >= count]
-        order = list(range(count))
-        for hole, tail in zip(holes, tails, strict=True):
-            order[hole] = tail
-        if holes:
-            targets = torch.tensor(holes, device=self.device)
-            sources = torch.tensor(tails, device=self.device)
-            self.cache.move(sources, targets)
-            self.uniform[targets] = self.uniform[sources]
-        index = torch.tensor(order, dtype=torch.int64, device=self.device)
-        self.next_token = self.next_token[index]
-        self.length = self.length[index]
-        self.drawn = self.drawn[index]
-        self.rows = [self.rows[i] for i in order]
-
-    def _forward(self, ids: Tensor, positions: Tensor, plan: PackedPlan | DecodePlan) -> Tensor:
-        return self.base(
-            input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, plan=plan
-        ).last_hidden_state
-
-    def _record(self, rows: list[_Row], token: Tensor, logprob: Tensor) -> list[int]:
-        """Append what was drawn; returns the rows that go on. This is the step's only synchronisation."""
-        tokens, logprobs = torch.stack([token.double(), logprob]).tolist()
-        self.tokens += len(rows)
-        limit = self.sampling.max_new_tokens
-        alive = []
-        for i, row in enumerate(rows):
-            if not math.isfinite(logprobs[i]):
-                where = f"token {len(row.tokens)} of prompt {row.prompt}, sample {row.sample}"
-                raise FloatingPointError(
-                    f"the model's logits are not finite at {where}: weights with NaN or inf?"
-                )
-            row.tokens.append(int(tokens[i]))
-            row.logprobs.append(logprobs[i])
-            if row.tokens[-1] in self.stops or len(row.tokens) == limit:
-                self.done[row.prompt, row.sample] = row
-                self.ended.append(row.prompt)
-            else:
-                alive.append(i)
-        return alive
-
-    def take_whole(self, n: int) -> list[int]:
-        """Prompts whose `n` completions have all ended, each reported once."""
-        self.ended_of.update(self.ended)
-        whole = [prompt for prompt in dict.fromkeys(self.ended) if self.ended_of[prompt] == n]
-        self.ended = []
-        return whole
-
-    def completion(self, prompt: int, sample: int, version: int) -> Completion:
-        """The finished completion (prompt, sample)."""
-        row = self.done[prompt, sample]
-        return Completion(
-            token_ids=row.tokens,
-            logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
-            finish_reason="stop" if row.tokens[-1] in self.stops else "length",
-            version=version,
-        )
+        """The same as `sleep`."""
+        self.sleep()
 
 
 def _check(prompts: list[list[int]], n: int, vocabulary: int) -> None:

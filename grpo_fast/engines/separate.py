@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from grpo_fast.engines.local import LocalEngine
 class SeparateEngine(LocalEngine):
     """A `LocalEngine` on a copy of the model, which `push` brings up to date: one more set of weights in memory."""
 
-    def __init__(self, model: PreTrainedModel, *, max_rows: int = 256) -> None:
-        super().__init__(copy.deepcopy(model).requires_grad_(False), max_rows=max_rows)
+    def __init__(self, model: PreTrainedModel, **options: Any) -> None:
+        super().__init__(copy.deepcopy(model).requires_grad_(False), **options)
 
     @torch.no_grad()
     def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 
 from grpo_fast.errors import UserError
 
+CAST_ROWS = 4096
+"""Rows of a 16-bit head that are float32 at a time on the CPU."""
+
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -30,6 +33,28 @@ class HeadSpec:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits if self.logit_scale == 1.0 else logits * self.logit_scale
+
+    def exact_logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V) float32, never rounded to the weight's type on the way: what `linear_logprob` works with."""
+        if self.weight.dtype == torch.float32:
+            logits = nn.functional.linear(hidden, self.weight, self.bias)
+        else:
+            hidden = hidden.to(self.weight.dtype)
+            if hidden.is_cuda:
+                logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+            else:
+                rows, logits = (
+                    hidden.float(),
+                    hidden.new_empty(len(hidden), len(self.weight), dtype=torch.float32),
+                )
+                for first in range(0, len(self.weight), CAST_ROWS):
+                    block = slice(first, first + CAST_ROWS)
+                    torch.mm(rows, self.weight[block].float().t(), out=logits[:, block])
+            if self.bias is not None:
+                logits.add_(self.bias)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.logit_scale == 1.0 else logits.mul_(self.logit_scale)
 
 
 def head_of(model: PreTrainedModel) -> HeadSpec:

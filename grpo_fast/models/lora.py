@@ -89,3 +89,36 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
                 value = (value.float() + layer.get_delta_weight(adapter).detach().float()).to(value.dtype)
         merged[f"{owner}.{inner.removeprefix('base_layer.')}"] = value.cpu()
     return merged
+
+
+@contextmanager
+def merged_adapters(model: PreTrainedModel, *, on_host: bool = False) -> Iterator[None]:
+    """Inside, adapters are added to the weights they belong to and take no product of their own.
+
+    Afterwards the weights are bit for bit what they were: they come back from copies, of which there is one for every
+    adapted layer's weight, on the model's device or, `on_host`, in the host's memory. Nothing happens to a model
+    without adapters. Raises UserError for weights that cannot be added to (quantised ones).
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [layer for layer in layers if not layer.disable_adapters and not layer.merged]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise UserError("engine.merge_lora: the base weights are quantised; leave it off")
+    kept: list[tuple[Any, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                weight = layer.get_base_layer().weight
+                kept.append(
+                    (layer, weight.detach().to("cpu", copy=True) if on_host else weight.detach().clone())
+                )
+                for adapter in layer.active_adapters:
+                    weight.copy_(weight.float() + layer.get_delta_weight(adapter).float())
+                layer._disable_adapters = True
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, copy in kept:
+                layer.get_base_layer().weight.copy_(copy)
+                layer._disable_adapters = False
