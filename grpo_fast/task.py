@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo_fast.attention.backends import check_choice
 from grpo_fast.config.resolve import check_paths, loss_config, resolve_device, resolve_dtype
 from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
@@ -62,7 +63,7 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
     `own_heads` are the objectives of a run that trains its own reward model. UserError names the first thing that
     is wrong; no model has been loaded by then.
     """
-    resolve_device(config)
+    check_choice(config.policy.attention, resolve_device(config))
     loss_config(config)
     check_paths(config)
     training, heldout = _rows(config) if config.policy.model else ([], [])

@@ -26,7 +26,8 @@ TINY = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# grouped, full and single key heads; tied and untied; windows shorter than the sequences; both softcaps
+# grouped, full and single key heads; tied and untied; windows shorter than the sequences; both softcaps;
+# attention sinks, whose models transformers runs with a dense mixture of experts on the CPU
 FAMILIES: dict[str, dict] = {
     "qwen2": {},
     "qwen3": {},
@@ -37,6 +38,12 @@ FAMILIES: dict[str, dict] = {
         "query_pre_attn_scalar": 8,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gpt_oss": {
+        "sliding_window": 6,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
@@ -51,6 +58,9 @@ def tiny_model(family: str, **changes) -> Any:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.25)
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(0, 1)
     return model
 
 

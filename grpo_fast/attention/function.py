@@ -14,15 +14,13 @@ No mask function is registered beside it, so transformers builds no mask and han
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from grpo_fast.attention import paths
+from grpo_fast.attention.backends import Case, choose
 from grpo_fast.attention.plan import DecodePlan, PackedPlan, PrefillPlan
 from grpo_fast.errors import UserError
 
@@ -30,12 +28,8 @@ __all__ = ["ATTENTION_NAME", "DecodePlan", "PackedPlan", "PrefillPlan", "attenti
 
 ATTENTION_NAME = "grpo_fast_packed"
 LAYER_KINDS = {"full_attention", "sliding_attention"}
-LONG_SEGMENT = 1024
-"""Keys of a segment from which SDPA on each segment is used instead of padded rectangles."""
-UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "alibi", "head_mask")
+UNKNOWN_TERMS = ("sinks", "position_bias", "alibi", "head_mask")
 """Keywords by which models change the scores in a way that is not implemented here."""
-
-log = logging.getLogger(__name__)
 
 
 def attention(
@@ -48,13 +42,14 @@ def attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (H,) attention sinks
     plan: PackedPlan | DecodePlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # (1, L, H, Dv); decoding (B, 1, H, Dv)
     """Attention of one layer in the form transformers calls it; returns the output and None for the weights.
 
     Raises `UserError` for what would be computed wrongly: dropout, an attention mask together with a plan,
-    bidirectional layers, attention sinks and position biases.
+    bidirectional layers and position biases.
     """
     for name in UNKNOWN_TERMS:
         if kwargs.get(name) is not None:
@@ -66,13 +61,17 @@ def attention(
             f"attention dropout must be 0, {type(module).__name__} has {dropout}: set it in the config"
         )
     if plan is None:
-        return _plain(query, key, value, attention_mask, scaling, sliding_window, softcap), None
+        return _plain(query, key, value, attention_mask, scaling, sliding_window, softcap, s_aux), None
     if attention_mask is not None:
         raise UserError(
             "an attention_mask cannot be combined with plan=; call the model with attention_mask=None"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, DecodePlan):
+        if s_aux is not None:
+            raise UserError(
+                f"{type(module).__name__} has attention sinks, which the built-in engine cannot decode"
+            )
         layer = _layer_index(module)
         out = paths.decode(
             query, key, value, plan, layer, scale=scale, window=sliding_window, softcap=softcap
@@ -85,7 +84,7 @@ def attention(
     if isinstance(plan, PrefillPlan):
         plan.kept[_layer_index(module)] = key[0], value[0]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, D)
-    return _packed(q, k, v, plan, scale, sliding_window, softcap)[None], None
+    return _packed(q, k, v, plan, scale, sliding_window, softcap, s_aux)[None], None
 
 
 def _layer_index(module: nn.Module) -> int:
@@ -103,12 +102,13 @@ def _plain(
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     if attention_mask is not None:
         raise UserError(
             f"{ATTENTION_NAME} takes no attention mask; use set_attn_implementation('sdpa') for that"
         )
-    out = paths.causal(query, key, value, scale=scaling, window=sliding_window, softcap=softcap)
+    out = paths.causal(query, key, value, scale=scaling, window=sliding_window, softcap=softcap, sinks=sinks)
     return out.transpose(1, 2).contiguous()
 
 
@@ -120,75 +120,22 @@ def _packed(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,  # (H,)
 ) -> Tensor:  # (L, H, Dv)
-    longest = max(plan.k_lens)
-    if window is not None and window >= longest:
+    if window is not None and window >= max(plan.k_lens):
         window = None
-    if q.is_cuda:
-        for package in paths.varlen_packages(window=window, softcap=softcap):
-            setting = (package, q.dtype, q.shape[1:], k.shape[1:], v.shape[1:], window is not None, softcap)
-            if _varlen_works(q.device, *setting):
-                return paths.varlen(
-                    q, k, v, plan, scale=scale, window=window, softcap=softcap, package=package
-                )
-        _say_slow(q.dtype, softcap)
-    if softcap is None and longest >= LONG_SEGMENT:
-        return paths.by_segment(q, k, v, plan, scale=scale, window=window)
-    return paths.padded(q, k, v, plan, scale=scale, window=window, softcap=softcap)
-
-
-@cache
-def _varlen_works(
-    device: torch.device,
-    package: str,
-    dtype: torch.dtype,
-    q_shape: tuple[int, int],
-    k_shape: tuple[int, int],
-    v_shape: tuple[int, int],
-    windowed: bool,
-    softcap: float | None,
-) -> bool:
-    """Try the fused kernel once on a small shared-prefix case, forward and backward, against `padded`.
-
-    Its arguments and its alignment of queries shorter than their keys changed between releases; a wrong
-    answer must not be possible, only a slower way to the right one.
-    """
-    plan = PackedPlan((5, 3, 4, 7), (0, 0, 0, 0), (0, 5, 5, 0), device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(shape: tuple[int, int]) -> Tensor:
-        return torch.randn(plan.length, *shape, device=device, generator=generator).to(dtype)
-
-    def run(path: Any, **options: Any) -> list[Tensor]:
-        inputs = [x.clone().requires_grad_() for x in values]
-        out = path(*inputs, plan, scale=0.3, window=3 if windowed else None, softcap=softcap, **options)
-        out.backward(grad)
-        return [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
-
-    values = [random(shape) for shape in (q_shape, k_shape, v_shape)]
-    grad = random((q_shape[0], v_shape[1]))
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            pairs = zip(run(paths.varlen, package=package), run(paths.padded), strict=True)
-            worst = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
-    except (RuntimeError, TypeError, ValueError, ImportError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        log.info("%s varlen attention is not usable for %s on %s: %s", package, dtype, device, reason)
-        return False
-    if not worst < 0.03:
-        log.warning(
-            "%s varlen attention differs from the reference by %.3g on %s; not used", package, worst, device
-        )
-        return False
-    return True
-
-
-@cache
-def _say_slow(dtype: torch.dtype, softcap: float | None) -> None:
-    cap = f", softcap {softcap}" if softcap else ""
-    log.warning(
-        "no fused variable-length attention for %s%s: using batched matrix products or SDPA", dtype, cap
+    case = Case(
+        q.device,
+        q.dtype,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        v.shape[2],
+        window is not None,
+        softcap,
+        sinks is not None,
     )
+    return choose(case, plan).run(q, k, v, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
 def use_packed_attention(model: PreTrainedModel) -> PreTrainedModel:
