@@ -26,8 +26,7 @@ TINY = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# grouped, full and single key heads; tied and untied; windows shorter than the sequences; both softcaps;
-# attention sinks, whose models transformers runs with a dense mixture of experts on the CPU
+# grouped, full and single key heads; tied and untied; windows shorter than the sequences; both softcaps
 FAMILIES: dict[str, dict] = {
     "qwen2": {},
     "qwen3": {},
@@ -40,6 +39,9 @@ FAMILIES: dict[str, dict] = {
         "final_logit_softcapping": 3.0,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+}
+# attention sinks: packed as the others, but decoded by `transformers`
+WITH_SINKS: dict[str, dict] = {
     "gpt_oss": {
         "sliding_window": 6,
         "num_local_experts": 4,
@@ -52,7 +54,7 @@ FAMILIES: dict[str, dict] = {
 def tiny_model(family: str, **changes) -> Any:
     """A random `PreTrainedModel` of the family, with weights large enough that attention matters."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**TINY, **FAMILIES.get(family, {}), **changes})
+    config = AutoConfig.for_model(family, **{**TINY, **(FAMILIES | WITH_SINKS).get(family, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,7 +15,16 @@ from grpo_fast.attention.function import ATTENTION_NAME, attention, use_packed_a
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.errors import UserError
 from grpo_fast.models.head import head_of
-from tests.families import FAMILIES, TINY, VOCAB, packed_logprobs, ragged, single_logprobs, tiny_model
+from tests.families import (
+    FAMILIES,
+    TINY,
+    VOCAB,
+    WITH_SINKS,
+    packed_logprobs,
+    ragged,
+    single_logprobs,
+    tiny_model,
+)
 
 
 def assert_same_gradients(
@@ -36,7 +45,7 @@ def weighted(logprobs: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WITH_SINKS])
 def test_packed_equals_one_by_one(family: str, share_prefix: bool) -> None:
     reference = tiny_model(family)
     model = use_packed_attention(copy.deepcopy(reference))
@@ -81,7 +90,7 @@ def test_small_chunks_and_recomputation_change_nothing(monkeypatch: pytest.Monke
     assert_same_gradients(*results)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WITH_SINKS])
 def test_without_a_plan_it_is_ordinary_causal_attention(family: str) -> None:
     reference = tiny_model(family).eval()
     model: Any = use_packed_attention(copy.deepcopy(reference))
@@ -123,7 +132,7 @@ def test_misuse_is_refused() -> None:
 
 def test_models_that_would_leak_are_refused() -> None:
     hybrid = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-    with pytest.raises(UserError, match="linear_attention"):
+    with pytest.raises(UserError, match="cannot be packed: it has layers of kind linear_attention"):
         use_packed_attention(
             AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_next", **TINY, **hybrid))
         )

@@ -141,7 +141,8 @@ def test_the_block_mask_is_the_plan(name: str, window: int | None) -> None:
         with torch.no_grad():
             options: dict[str, Any] = {"scale": 0.4, "window": window, "softcap": softcap}
             options["sinks"] = inputs[3] if sinks else None
-            got, want = (path(*inputs[:3], plan, **options) for path in (flex, paths.padded))
+            q, k, v = inputs[:3]
+            got, want = (path(q, k, v, plan, **options) for path in (flex, paths.padded))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 

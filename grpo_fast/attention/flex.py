@@ -46,7 +46,7 @@ def flex(
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
-    run = _compiled() if q.is_cuda else flex_attention
+    run: Callable[..., Any] = _compiled() if q.is_cuda else flex_attention
     if sinks is None:
         out = run(q, k, v, **options)
     else:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from grpo_fast.attention import paths
 from grpo_fast.attention.backends import Case, choose
@@ -28,6 +28,7 @@ __all__ = ["ATTENTION_NAME", "DecodePlan", "PackedPlan", "PrefillPlan", "attenti
 
 ATTENTION_NAME = "grpo_fast_packed"
 LAYER_KINDS = {"full_attention", "sliding_attention"}
+NO_INTERFACE = "it does not take its attention from transformers' AttentionInterface"
 UNKNOWN_TERMS = ("sinks", "position_bias", "alibi", "head_mask")
 """Keywords by which models change the scores in a way that is not implemented here."""
 
@@ -147,34 +148,51 @@ def use_packed_attention(model: PreTrainedModel) -> PreTrainedModel:
     the module list only.
     """
     name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder; a decoder-only language model is needed")
-    kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_KINDS
-    if kinds:
-        raise UserError(
-            f"{name} has layers of kind {', '.join(sorted(kinds))}, which leak between packed sequences"
-        )
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.RNNBase)):
-            raise UserError(
-                f"{name}.{path} is a {type(module).__name__}: it would leak between packed sequences"
-            )
-    can_set = getattr(model, "_can_set_attn_implementation", None)
-    if can_set is not None and not can_set():
-        raise UserError(
-            f"{name} does not use transformers' AttentionInterface, so its sequences cannot be packed"
-        )
+    if why := packing_obstacle(model):
+        raise UserError(f"{name} cannot be packed: {why}")
     model.set_attn_implementation(ATTENTION_NAME)
-    if config._attn_implementation != ATTENTION_NAME:
-        raise UserError(
-            f"{name} refused the attention {ATTENTION_NAME!r}: it kept {config._attn_implementation!r}"
-        )
+    kept = model.config.get_text_config(decoder=True)._attn_implementation
+    if kept != ATTENTION_NAME:
+        raise UserError(f"{name} refused the attention {ATTENTION_NAME!r}: it kept {kept!r}")
     base = model.base_model
     if not getattr(base, "_grpo_fast_guarded", False):
         base.register_forward_pre_hook(_guard, with_kwargs=True)
         base._grpo_fast_guarded = True  # pyright: ignore[reportArgumentType]
     return model
+
+
+def packing_obstacle(model: PreTrainedModel) -> str | None:
+    """Why sequences packed into one row would see each other in this model, None where they need not.
+
+    Reads the configuration and the module list; `models.self_check` asks the model itself.
+    """
+    if why := config_obstacle(type(model), model.config):
+        return why
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.RNNBase)):
+            return f"{path} is a {type(module).__name__}, which mixes neighbouring sequences"
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    return NO_INTERFACE if can_set is not None and not can_set() else None
+
+
+def config_obstacle(model_class: type, config: PreTrainedConfig) -> str | None:
+    """`packing_obstacle` as far as it shows before the model is made."""
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - LAYER_KINDS
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}"
+    return None if getattr(model_class, "_supports_attention_backend", False) else NO_INTERFACE
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Give a model that cannot be packed an attention of transformers': SDPA where it has it, else eager."""
+    if getattr(model.config, "_attn_implementation", None) not in (ATTENTION_NAME, None):
+        return
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")
 
 
 def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

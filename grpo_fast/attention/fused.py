@@ -115,7 +115,7 @@ def _flash(
     k, v = gathered_keys(k, v, plan)
     known = _parameters(function)
     longest = {"max_seqlen_q": max(plan.q_lens), "max_seqlen_k": max(plan.k_lens)}
-    options = {name: value for name, value in longest.items() if name in known}
+    options: dict[str, Any] = {name: value for name, value in longest.items() if name in known}
     if softcap is not None:
         options["softcap"] = softcap
     out = function(

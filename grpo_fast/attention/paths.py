@@ -130,7 +130,7 @@ class _Padded(torch.autograd.Function):
                 ds.mul_(1 - squashed * squashed)
             dq.index_add_(0, c.q_index, torch.bmm(ds, kc).view(len(c.q_index), -1))
             dk.index_add_(0, c.k_index, torch.bmm(ds.transpose(1, 2), qc).view(len(c.k_index), -1))
-        if of_sinks is not None:
+        if of_sinks is not None and sinks is not None:
             of_sinks = of_sinks.to(sinks.dtype)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), of_sinks, None, None, None, None
 
