@@ -15,9 +15,10 @@ import transformers
 from grpo_fast.config.command_line import parse
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Row, tokenize
-from grpo_fast.engines.local import LocalEngine
+from grpo_fast.engines.choose import builtin_engine
 from grpo_fast.errors import UserError
 from grpo_fast.models.policy import Policy
+from grpo_fast.models.pretrained import position_limit
 from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.models.reward_set import RewardSet, read_saved
 from grpo_fast.run.command import Parser, run_command
@@ -57,8 +58,8 @@ class Speaker:
         device, dtype = _device_and_dtype()
         self.policy = Policy.load(model, device=device, dtype=dtype)
         self.policy.eval()
-        self.engine = LocalEngine(
-            self.policy.model,
+        self.engine = builtin_engine(
+            self.policy,
             max_rows=self.config.rollout.max_rows,
             settings=replace(self.config.engine, cuda_graphs="off"),  # a few answers are not worth a capture
             decode=self._decode,
@@ -96,11 +97,11 @@ class Speaker:
         if max_new_tokens is not None:
             rollout = replace(rollout, max_new_tokens=max_new_tokens)
         sampling = sampling_of(rollout, self.policy)
-        limit = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
+        limit, why = position_limit(self.policy.model.config) or (None, "")
         given, new = len(encoded.token_ids), sampling.max_new_tokens
         if limit and given + new > limit:
             raise UserError(
-                f"the prompt has {given} tokens: {new} new ones would pass the model's limit of {limit}; "
+                f"the prompt has {given} tokens: {new} new ones would pass the model's limit of {limit}{why}; "
                 "shorten it or lower --max-new-tokens"
             )
         completions = self.engine.generate([encoded.token_ids], samples, sampling, seed)

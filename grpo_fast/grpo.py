@@ -37,7 +37,7 @@ def update(
     parts = []
     for sequences in split_by_prompt(rollout, config.optim.minibatches):
         kept = with_signal(rollout, sequences, loss, mask_truncated=config.loss.mask_truncated)
-        batches = packed(rollout, kept, config.optim.token_budget, policy.device)
+        batches = packed(rollout, kept, config.optim.token_budget, policy)
         known = [known_logprobs(policy, reference, batch, loss, config, old=several) for batch in batches]
         parts.append(
             (list(zip(batches, known, strict=True)), step_normalizer(rollout, sequences, loss, config))
@@ -111,7 +111,7 @@ def with_signal(
     ]
 
 
-def packed(rollout: Rollout, kept: list[int], token_budget: int, device: torch.device) -> list[PackedBatch]:
+def packed(rollout: Rollout, kept: list[int], token_budget: int, policy: Policy) -> list[PackedBatch]:
     """Micro-batches of the sequences `kept`; their `sequence_index` counts within the whole rollout."""
     if not kept:
         return []
@@ -120,9 +120,12 @@ def packed(rollout: Rollout, kept: list[int], token_budget: int, device: torch.d
         [rollout.completions[i].token_ids for i in kept],
         prompt_of=[rollout.prompt_of[i] for i in kept],
         token_budget=token_budget,
+        share_prefix=policy.packed,
     )
     positions = torch.tensor(kept)
-    return [replace(batch, sequence_index=positions[batch.sequence_index]).to(device) for batch in batches]
+    return [
+        replace(batch, sequence_index=positions[batch.sequence_index]).to(policy.device) for batch in batches
+    ]
 
 
 def step_normalizer(rollout: Rollout, sequences: list[int], loss: LossConfig, config: TrainConfig) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo_fast.attention.backends import check_choice
 from grpo_fast.config.resolve import check_paths, loss_config, resolve_device, resolve_dtype
 from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
@@ -15,6 +16,7 @@ from grpo_fast.engines.base import Sampling
 from grpo_fast.errors import UserError
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.models.policy import Policy, SavedPolicy
+from grpo_fast.models.pretrained import position_limit
 from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
 from grpo_fast.models.reward_set import RewardSet, names_with_spread, read_saved
 from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights
@@ -63,7 +65,7 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
     `own_heads` are the objectives of a run that trains its own reward model. UserError names the first thing that
     is wrong; no model has been loaded by then.
     """
-    resolve_device(config)
+    check_choice(config.policy.attention, resolve_device(config))
     loss_config(config)
     check_paths(config)
     training, heldout = _rows(config) if config.policy.model else ([], [])
@@ -75,7 +77,7 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
         functions.probe(training, system_prompt=config.data.system_prompt)
     saved = read_saved(config.reward.model)
     for model in saved:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit, _ = position_limit(model.config) or (None, "")
         if limit is not None and limit <= config.rollout.max_new_tokens:
             raise UserError(
                 f"rollout.max_new_tokens = {config.rollout.max_new_tokens}, but reward model {model.path} reads "
@@ -216,10 +218,10 @@ def tokens_to_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> 
 
 
 def _check_length(saved: SavedPolicy, prompts: list[Prompt], max_new_tokens: int) -> None:
-    limit = getattr(saved.config.get_text_config(), "max_position_embeddings", None)
+    limit, why = position_limit(saved.config) or (None, "")
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise UserError(
             f"rollout.max_new_tokens = {max_new_tokens} and the longest prompt's {longest} tokens make more than the "
-            f"policy's {limit} positions: at most {max(0, limit - longest)} new tokens fit"
+            f"policy's {limit} positions{why}: at most {max(0, limit - longest)} new tokens fit"
         )

@@ -7,14 +7,14 @@ with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs
 
 import time
 
+from grpo_fast.attention.backends import use
 from grpo_fast.config.command_line import TRAIN, parse
 from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
 from grpo_fast.data.queue import PromptQueue
-from grpo_fast.engines.local import LocalEngine
-from grpo_fast.engines.separate import SeparateEngine
+from grpo_fast.engines.choose import builtin_engine
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
@@ -45,11 +45,15 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
 
     Returns the exit code: 0, or 130 when it was interrupted, with everything saved.
     """
+    use(config.policy.attention)
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
-    engine_kind = SeparateEngine if config.rollout.ahead else LocalEngine
-    engine = engine_kind(
-        policy.model, max_rows=config.rollout.max_rows, settings=config.engine, decode=task.decode
+    engine = builtin_engine(
+        policy,
+        max_rows=config.rollout.max_rows,
+        settings=config.engine,
+        decode=task.decode,
+        separate=config.rollout.ahead,
     )
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None

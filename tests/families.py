@@ -40,17 +40,29 @@ FAMILIES: dict[str, dict] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
+# attention sinks: packed as the others, but decoded by `transformers`
+WITH_SINKS: dict[str, dict] = {
+    "gpt_oss": {
+        "sliding_window": 6,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
 
 
 def tiny_model(family: str, **changes) -> Any:
     """A random `PreTrainedModel` of the family, with weights large enough that attention matters."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**TINY, **FAMILIES.get(family, {}), **changes})
+    config = AutoConfig.for_model(family, **{**TINY, **(FAMILIES | WITH_SINKS).get(family, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.25)
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_(0, 1)
     return model
 
 

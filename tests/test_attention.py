@@ -10,13 +10,21 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from grpo_fast.attention import function as attention_module
 from grpo_fast.attention import paths
 from grpo_fast.attention.function import ATTENTION_NAME, attention, use_packed_attention
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.errors import UserError
 from grpo_fast.models.head import head_of
-from tests.families import FAMILIES, TINY, VOCAB, packed_logprobs, ragged, single_logprobs, tiny_model
+from tests.families import (
+    FAMILIES,
+    TINY,
+    VOCAB,
+    WITH_SINKS,
+    packed_logprobs,
+    ragged,
+    single_logprobs,
+    tiny_model,
+)
 
 
 def assert_same_gradients(
@@ -37,7 +45,7 @@ def weighted(logprobs: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WITH_SINKS])
 def test_packed_equals_one_by_one(family: str, share_prefix: bool) -> None:
     reference = tiny_model(family)
     model = use_packed_attention(copy.deepcopy(reference))
@@ -71,36 +79,6 @@ def test_a_sequence_is_blind_to_the_others() -> None:
         assert torch.equal(a, b) == (i != 5)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("long", [1, 10**6])
-def test_paths_agree(window: int | None, long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By segment (long = 1) and padded rectangles, against a plain masked softmax in float64."""
-    monkeypatch.setattr(attention_module, "LONG_SEGMENT", long)
-    plan = PackedPlan((5, 3, 1, 30, 7), (0, 0, 0, 0, 9), (0, 5, 5, 0, 30))
-    length = plan.length
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, length, 8, generator=generator, requires_grad=True) for h in (4, 2, 2))
-    out, _ = attention(torch.nn.Module(), q, k, v, None, scaling=0.4, sliding_window=window, plan=plan)
-    grad = torch.randn(out.shape, generator=generator)
-    got = (out, *torch.autograd.grad(out, (q, k, v), grad))
-
-    allowed = torch.zeros(length, length, dtype=torch.bool)
-    for start, size, first, shared in zip(
-        plan.q_starts, plan.q_lens, plan.prefix_starts, plan.prefix_lens, strict=False
-    ):
-        keys = [*range(first, first + shared), *range(start, start + size)]
-        for i in range(size):
-            here = shared + i
-            allowed[start + i, keys[max(0, here + 1 - window) if window else 0 : here + 1]] = True
-    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    keys, values = (x.repeat_interleave(2, 1) for x in inputs[1:])
-    scores = (inputs[0] @ keys.transpose(2, 3) * 0.4).masked_fill(~allowed, float("-inf"))
-    expected = (scores.softmax(-1) @ values).transpose(1, 2)
-    want = (expected, *torch.autograd.grad(expected, inputs, grad.double()))
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g.double(), w, atol=1e-5, rtol=1e-5)
-
-
 def test_small_chunks_and_recomputation_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for scores, saved in ((1 << 18, 1 << 24), (1, 0)):
@@ -112,16 +90,7 @@ def test_small_chunks_and_recomputation_change_nothing(monkeypatch: pytest.Monke
     assert_same_gradients(*results)
 
 
-def test_gathered_keys_add_up_in_float32() -> None:
-    plan = PackedPlan((2,) + (1,) * 300, (0,) * 301, (0,) + (2,) * 300)
-    k = torch.ones(plan.length, 1, 4, dtype=torch.bfloat16, requires_grad=True)
-    gathered, _ = paths.gathered_keys(k, k, plan)
-    gathered.sum().backward()
-    assert k.grad is not None and k.grad.dtype == torch.bfloat16
-    assert k.grad[:2].eq(301).logical_or(k.grad[:2].eq(300)).logical_or(k.grad[:2].eq(302)).all()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WITH_SINKS])
 def test_without_a_plan_it_is_ordinary_causal_attention(family: str) -> None:
     reference = tiny_model(family).eval()
     model: Any = use_packed_attention(copy.deepcopy(reference))
@@ -154,7 +123,7 @@ def test_misuse_is_refused() -> None:
     q = torch.zeros(1, 2, 6, 4)
     for options, message in (
         ({"dropout": 0.1}, "dropout"),
-        ({"s_aux": q}, "s_aux"),
+        ({"position_bias": q}, "position_bias"),
         ({"is_causal": False}, "causal"),
     ):
         with pytest.raises(UserError, match=message):
@@ -163,7 +132,7 @@ def test_misuse_is_refused() -> None:
 
 def test_models_that_would_leak_are_refused() -> None:
     hybrid = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-    with pytest.raises(UserError, match="linear_attention"):
+    with pytest.raises(UserError, match="cannot be packed: it has layers of kind linear_attention"):
         use_packed_attention(
             AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_next", **TINY, **hybrid))
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -10,21 +11,21 @@ import pytest
 import torch
 from grpo_kernels import LossConfig
 from peft import PeftModel
-from tiny_models import END, SIZES, byte_tokenizer, causal_model, config_of
+from tiny_models import END, HYBRIDS, SIZES, byte_tokenizer, causal_model, config_of
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    MambaConfig,
     NemotronConfig,
     OPTConfig,
     PreTrainedModel,
-    Qwen3NextConfig,
+    Qwen2Config,
     T5Config,
 )
 
 from grpo_fast.errors import UserError
-from grpo_fast.models import pretrained
+from grpo_fast.models import pretrained, self_check
 from grpo_fast.models.head import head_of
 from grpo_fast.models.policy import LoraSettings, Policy
 from grpo_fast.packing import PackedBatch, pack
@@ -274,16 +275,56 @@ def test_lora_where_it_cannot_be(family: str, targets, named: str):
 # Self-check and refusals
 
 
-def test_self_check_sees_a_leak():
+def one_by_one(model: PreTrainedModel, policy: Policy) -> None:
+    """Log-probs, and the gradient of a loss, as of each sequence alone under the model's own eager forward."""
+    for share_prefix in (True, False):
+        batch = one_batch(share_prefix=share_prefix)
+        expected = plain_logprobs(model)
+        torch.testing.assert_close(policy.logprobs(batch)[0], batch.gather(expected), atol=2e-5, rtol=1e-5)
+        model.zero_grad()
+        policy.model.zero_grad()
+        (-torch.cat(expected).sum() / TOKENS).backward()
+        policy.sft_loss(batch, TOKENS).backward()
+        for (name, p), q in zip(policy.model.named_parameters(), model.parameters(), strict=True):
+            if q.grad is None or p.grad is None:
+                assert q.grad is p.grad, name
+            else:
+                torch.testing.assert_close(p.grad, q.grad, atol=5e-6, rtol=1e-4, msg=name)
+
+
+def test_self_check_sees_a_leak(caplog: pytest.LogCaptureFixture):
+    self_check._say.cache_clear()
     policy = policy_of()
     policy.model.set_attn_implementation("sdpa")  # ignores the plan: packed sequences see each other
-    with pytest.raises(UserError, match="leak between sequences"):
-        policy.self_check()
+    assert policy.packed
+    policy.self_check()
+    policy.self_check()
+    assert not policy.packed and not policy.frozen_copy().packed
+    assert len(caplog.messages) == 1
+    assert "Qwen2ForCausalLM runs one sequence a row: hidden states of packed sequences" in caplog.text
+    one_by_one(causal_model("qwen2"), policy)
 
 
-def test_self_check_sees_an_architecture_that_drops_the_plan():
-    policy = Policy.from_model(AutoModelForCausalLM.from_config(NemotronConfig(**SIZES)), byte_tokenizer())
-    with pytest.raises(UserError, match="NemotronForCausalLM: hidden states of packed sequences differ"):
+def test_self_check_sees_an_architecture_that_drops_the_plan(caplog: pytest.LogCaptureFixture):
+    self_check._say.cache_clear()
+    model = AutoModelForCausalLM.from_config(NemotronConfig(**SIZES))
+    policy = Policy.from_model(copy.deepcopy(model), byte_tokenizer())
+    policy.self_check()
+    assert "NemotronForCausalLM runs one sequence a row: hidden states of packed" in caplog.text
+    one_by_one(model, policy)
+
+
+def test_a_model_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch):
+    policy = policy_of()
+    policy.packed = False
+    policy.model.set_attn_implementation("sdpa")
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def blind_to_order(*args, **options):
+        return plain(*args, **(options | {"is_causal": False, "attn_mask": None}))
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", blind_to_order)
+    with pytest.raises(UserError, match=r"change by .* with tokens that come later"):
         policy.self_check()
 
 
@@ -346,17 +387,97 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("lfm2", "Lfm2ForCausalLM runs one sequence a row: it has layers of kind conv"),
+        (
+            "qwen3_next",
+            "Qwen3NextForCausalLM runs one sequence a row: it has layers of kind linear_attention",
+        ),
+        ("mamba", "MambaForCausalLM runs one sequence a row: it "),
+        ("bloom", "BloomForCausalLM runs one sequence a row: it does not take its attention from"),
+    ],
+)
+def test_architectures_that_cannot_be_packed_run_one_by_one(
+    tmp_path: Path, family: str, why: str, caplog: pytest.LogCaptureFixture
+):
+    self_check._say.cache_clear()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(SIZES | HYBRIDS[family])), attn_implementation="eager"
+    )
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path)
+    policy.self_check()
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("grpo_fast")]
+    assert not policy.packed and len(said) == 1 and said[0].startswith(why)
+    one_by_one(model, policy)
+
+
+def test_a_hybrid_with_convolutions_beside_its_attention():
+    """Falcon-H1's layer kinds do not show it: its modules do."""
+    config = AutoConfig.for_model(
+        "falcon_h1", **SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8
+    )
+    policy = Policy.from_model(AutoModelForCausalLM.from_config(config), byte_tokenizer())
+    assert not policy.packed
+
+
+@pytest.mark.parametrize(
     ("config", "match"),
     [
         (T5Config(vocab_size=300, d_model=16, num_layers=1), "model type t5 has no AutoModelForCausalLM"),
-        (MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1), "MambaForCausalLM"),
-        (Qwen3NextConfig(vocab_size=300, hidden_size=16, num_hidden_layers=4), "Qwen3NextForCausalLM"),
+        (
+            Qwen2Config(**SIZES, rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1]}),
+            r"Qwen2ForCausalLM has three-dimensional positions \(mRoPE\)",
+        ),
     ],
 )
-def test_architectures_that_cannot_be_packed(tmp_path: Path, config, match: str):
+def test_architectures_that_are_refused(tmp_path: Path, config, match: str):
     config.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     refused(tmp_path, match)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": YARN,
+    "longrope": LONGROPE,
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_rotary_scaling(kind: str):
+    """Fixed scalings are packed at any length; the two that look at the row's longest, up to their first length."""
+    overrides: dict[str, Any] = {"rope_parameters": {"rope_theta": 10000.0, **SCALINGS[kind]}}
+    plain, policy = (causal_model("llama", **overrides) for _ in range(2))
+    policy = Policy.from_model(policy, byte_tokenizer())
+    policy.self_check()
+    assert policy.packed
+    one_by_one(plain, policy)
+    limit, why = pretrained.position_limit(policy.model.config) or (0, "")
+    assert limit == (24 if kind == "longrope" else 256)
+    assert (kind in why) == (kind == "longrope")
+
+
+def test_sequences_on_both_sides_of_a_switch_are_refused():
+    policy = Policy.from_model(
+        causal_model("llama", rope_parameters={"rope_theta": 1e4, **LONGROPE}), byte_tokenizer()
+    )
+    batch = pack([[1, 2, 3]], [[4] * 30, [5] * 4], prompt_of=[0, 0], token_budget=99)[0]
+    with pytest.raises(UserError, match=r"32 positions, more than .*24 .*longrope"):
+        policy.logprobs(batch)
 
 
 def test_dtype_and_device(tmp_path: Path):

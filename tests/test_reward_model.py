@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import END, SIZES, byte_tokenizer, causal_model, config_of, reward_model
+from tiny_models import END, HYBRIDS, SIZES, byte_tokenizer, causal_model, config_of, reward_model
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
     MambaConfig,
-    NemotronConfig,
     T5Config,
 )
 
@@ -24,7 +25,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.models.reward_data import Head, Layout
-from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
+from grpo_fast.models.reward_model import RewardModel, SavedRewardModel, _middle_layer
 from grpo_fast.models.reward_text import Encoded
 from grpo_fast.trust.distance import FeatureStatistics
 
@@ -384,6 +385,45 @@ def test_broken_weights(tmp_path: Path):
     refused(tmp_path, "cannot read its weights")
 
 
+@pytest.mark.parametrize("family", ["nemotron", "qwen3_next"])
+def test_a_model_that_cannot_be_packed_reads_one_reply_a_row(family: str):
+    """Nemotron drops the plan, Qwen3-Next has recurrent layers: scores, features and gradients of each alone."""
+    config = AutoConfig.for_model(family, **SIZES, **HYBRIDS.get(family, {}))
+    model = RewardModel.from_config(config, byte_tokenizer(), Layout(heads=tuple(HEADS)))
+    assert not model.packed
+    prompts, owner = [[5, 6, 7], [8, 9]], [0, 0, 1]
+    replies = [[10, 11], [12, 13, 14, 15], [16]]
+    encoded = Encoded(prompt_ids=prompts, completion_ids=replies, prompt_of=owner)
+    plain = copy.deepcopy(model.model)
+    rows = [torch.tensor([prompts[p] + reply]) for p, reply in zip(owner, replies, strict=True)]
+    want = torch.cat([plain(input_ids=row, use_cache=False).logits for row in rows])
+    want.sum().backward()
+    middle, kept = _middle_layer(plain), []
+    hook = middle.register_forward_hook(
+        lambda _, __, out: kept.append(out if isinstance(out, Tensor) else out[0])
+    )
+    for row in rows:
+        plain(input_ids=row, use_cache=False)
+    hook.remove()
+    for together in (None, [0, 0, 0]):
+        model.zero_grad()
+        outputs, features = [], []
+        for batch in model.pack(encoded, 6 if together is None else 99, together):
+            outputs += list(zip(batch.sequence_index.tolist(), model(batch), strict=True))
+            seen = model.read_with_features(batch)[1][:, : config.hidden_size]
+            features += list(zip(batch.sequence_index.tolist(), seen, strict=True))
+        got = torch.stack([out for _, out in sorted(outputs, key=lambda pair: pair[0])])
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        got.sum().backward()
+        for (name, p), q in zip(model.model.named_parameters(), plain.parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4, msg=name)
+        for i, seen in features:
+            size = len(replies[i])
+            predicting = kept[i][0, -size - 1 : -1]
+            torch.testing.assert_close(seen, predicting.mean(0), atol=1e-5, rtol=1e-4)
+
+
 def test_architectures_and_tokenizers_that_do_not_fit():
     def refused_config(config, match: str, heads: list[Head] = HEADS) -> None:
         with pytest.raises(UserError, match=match):
@@ -391,7 +431,6 @@ def test_architectures_and_tokenizers_that_do_not_fit():
 
     refused_config(MambaConfig(), "mamba has no sequence classification")
     refused_config(BertConfig(vocab_size=300, hidden_size=24), "use a decoder")
-    refused_config(NemotronConfig(**SIZES), "leak between sequences")
     refused_config(T5Config(vocab_size=300), "T5ForSequenceClassification is an encoder-decoder")
     refused_config(BartConfig(vocab_size=300), "BartForSequenceClassification is an encoder-decoder")
     refused_config(config_of("qwen2"), "at least one head", [])

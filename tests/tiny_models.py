@@ -38,6 +38,25 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 257,
 }
 
+# what cannot be packed: convolutions, linear attention, recurrence, an attention of its own
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "head_dim": 8,
+    },
+    "mamba": {"state_size": 4},
+    "bloom": {"n_layer": 2, "n_head": 2},
+}
+
 
 def byte_tokenizer(*, pad: str = PAD, end: str = END) -> PreTrainedTokenizerBase:
     """One token a byte; ids 256 and 257 are padding and end (pad=END makes them the same)."""

@@ -14,15 +14,13 @@ No mask function is registered beside it, so transformers builds no mask and han
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from grpo_fast.attention import paths
+from grpo_fast.attention.backends import Case, choose
 from grpo_fast.attention.decode import DecodePlan
 from grpo_fast.attention.plan import PackedPlan, PrefillPlan
 from grpo_fast.errors import UserError
@@ -31,12 +29,9 @@ __all__ = ["ATTENTION_NAME", "DecodePlan", "PackedPlan", "PrefillPlan", "attenti
 
 ATTENTION_NAME = "grpo_fast_packed"
 LAYER_KINDS = {"full_attention", "sliding_attention"}
-LONG_SEGMENT = 1024
-"""Keys of a segment from which SDPA on each segment is used instead of padded rectangles."""
-UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias", "alibi", "head_mask")
+NO_INTERFACE = "it does not take its attention from transformers' AttentionInterface"
+UNKNOWN_TERMS = ("sinks", "position_bias", "alibi", "head_mask")
 """Keywords by which models change the scores in a way that is not implemented here."""
-
-log = logging.getLogger(__name__)
 
 
 def attention(
@@ -49,13 +44,14 @@ def attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (H,) attention sinks
     plan: PackedPlan | DecodePlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # (1, L, H, Dv); decoding (B, 1, H, Dv)
     """Attention of one layer in the form transformers calls it; returns the output and None for the weights.
 
     Raises `UserError` for what would be computed wrongly: dropout, an attention mask together with a plan,
-    bidirectional layers, attention sinks and position biases.
+    bidirectional layers and position biases.
     """
     for name in UNKNOWN_TERMS:
         if kwargs.get(name) is not None:
@@ -67,13 +63,17 @@ def attention(
             f"attention dropout must be 0, {type(module).__name__} has {dropout}: set it in the config"
         )
     if plan is None:
-        return _plain(query, key, value, attention_mask, scaling, sliding_window, softcap), None
+        return _plain(query, key, value, attention_mask, scaling, sliding_window, softcap, s_aux), None
     if attention_mask is not None:
         raise UserError(
             "an attention_mask cannot be combined with plan=; call the model with attention_mask=None"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(plan, DecodePlan):
+        if s_aux is not None:
+            raise UserError(
+                f"{type(module).__name__} has attention sinks, which the built-in engine cannot decode"
+            )
         layer = _layer_index(module)
         return plan.attend(
             query, key, value, layer, scale=scale, window=sliding_window, softcap=softcap
@@ -85,7 +85,7 @@ def attention(
     if isinstance(plan, PrefillPlan):
         plan.kept[_layer_index(module)] = key[0], value[0]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, D)
-    return _packed(q, k, v, plan, scale, sliding_window, softcap)[None], None
+    return _packed(q, k, v, plan, scale, sliding_window, softcap, s_aux)[None], None
 
 
 def _layer_index(module: nn.Module) -> int:
@@ -103,12 +103,13 @@ def _plain(
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     if attention_mask is not None:
         raise UserError(
             f"{ATTENTION_NAME} takes no attention mask; use set_attn_implementation('sdpa') for that"
         )
-    out = paths.causal(query, key, value, scale=scaling, window=sliding_window, softcap=softcap)
+    out = paths.causal(query, key, value, scale=scaling, window=sliding_window, softcap=softcap, sinks=sinks)
     return out.transpose(1, 2).contiguous()
 
 
@@ -120,75 +121,22 @@ def _packed(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,  # (H,)
 ) -> Tensor:  # (L, H, Dv)
-    longest = max(plan.k_lens)
-    if window is not None and window >= longest:
+    if window is not None and window >= max(plan.k_lens):
         window = None
-    if q.is_cuda:
-        for package in paths.varlen_packages(window=window, softcap=softcap):
-            setting = (package, q.dtype, q.shape[1:], k.shape[1:], v.shape[1:], window is not None, softcap)
-            if _varlen_works(q.device, *setting):
-                return paths.varlen(
-                    q, k, v, plan, scale=scale, window=window, softcap=softcap, package=package
-                )
-        _say_slow(q.dtype, softcap)
-    if softcap is None and longest >= LONG_SEGMENT:
-        return paths.by_segment(q, k, v, plan, scale=scale, window=window)
-    return paths.padded(q, k, v, plan, scale=scale, window=window, softcap=softcap)
-
-
-@cache
-def _varlen_works(
-    device: torch.device,
-    package: str,
-    dtype: torch.dtype,
-    q_shape: tuple[int, int],
-    k_shape: tuple[int, int],
-    v_shape: tuple[int, int],
-    windowed: bool,
-    softcap: float | None,
-) -> bool:
-    """Try the fused kernel once on a small shared-prefix case, forward and backward, against `padded`.
-
-    Its arguments and its alignment of queries shorter than their keys changed between releases; a wrong
-    answer must not be possible, only a slower way to the right one.
-    """
-    plan = PackedPlan((5, 3, 4, 7), (0, 0, 0, 0), (0, 5, 5, 0), device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(shape: tuple[int, int]) -> Tensor:
-        return torch.randn(plan.length, *shape, device=device, generator=generator).to(dtype)
-
-    def run(path: Any, **options: Any) -> list[Tensor]:
-        inputs = [x.clone().requires_grad_() for x in values]
-        out = path(*inputs, plan, scale=0.3, window=3 if windowed else None, softcap=softcap, **options)
-        out.backward(grad)
-        return [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
-
-    values = [random(shape) for shape in (q_shape, k_shape, v_shape)]
-    grad = random((q_shape[0], v_shape[1]))
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            pairs = zip(run(paths.varlen, package=package), run(paths.padded), strict=True)
-            worst = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
-    except (RuntimeError, TypeError, ValueError, ImportError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        log.info("%s varlen attention is not usable for %s on %s: %s", package, dtype, device, reason)
-        return False
-    if not worst < 0.03:
-        log.warning(
-            "%s varlen attention differs from the reference by %.3g on %s; not used", package, worst, device
-        )
-        return False
-    return True
-
-
-@cache
-def _say_slow(dtype: torch.dtype, softcap: float | None) -> None:
-    cap = f", softcap {softcap}" if softcap else ""
-    log.warning(
-        "no fused variable-length attention for %s%s: using batched matrix products or SDPA", dtype, cap
+    case = Case(
+        q.device,
+        q.dtype,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        v.shape[2],
+        window is not None,
+        softcap,
+        sinks is not None,
     )
+    return choose(case, plan).run(q, k, v, plan, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
 def use_packed_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -200,34 +148,51 @@ def use_packed_attention(model: PreTrainedModel) -> PreTrainedModel:
     the module list only.
     """
     name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder; a decoder-only language model is needed")
-    kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_KINDS
-    if kinds:
-        raise UserError(
-            f"{name} has layers of kind {', '.join(sorted(kinds))}, which leak between packed sequences"
-        )
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.RNNBase)):
-            raise UserError(
-                f"{name}.{path} is a {type(module).__name__}: it would leak between packed sequences"
-            )
-    can_set = getattr(model, "_can_set_attn_implementation", None)
-    if can_set is not None and not can_set():
-        raise UserError(
-            f"{name} does not use transformers' AttentionInterface, so its sequences cannot be packed"
-        )
+    if why := packing_obstacle(model):
+        raise UserError(f"{name} cannot be packed: {why}")
     model.set_attn_implementation(ATTENTION_NAME)
-    if config._attn_implementation != ATTENTION_NAME:
-        raise UserError(
-            f"{name} refused the attention {ATTENTION_NAME!r}: it kept {config._attn_implementation!r}"
-        )
+    kept = model.config.get_text_config(decoder=True)._attn_implementation
+    if kept != ATTENTION_NAME:
+        raise UserError(f"{name} refused the attention {ATTENTION_NAME!r}: it kept {kept!r}")
     base = model.base_model
     if not getattr(base, "_grpo_fast_guarded", False):
         base.register_forward_pre_hook(_guard, with_kwargs=True)
         base._grpo_fast_guarded = True  # pyright: ignore[reportArgumentType]
     return model
+
+
+def packing_obstacle(model: PreTrainedModel) -> str | None:
+    """Why sequences packed into one row would see each other in this model, None where they need not.
+
+    Reads the configuration and the module list; `models.self_check` asks the model itself.
+    """
+    if why := config_obstacle(type(model), model.config):
+        return why
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.RNNBase)):
+            return f"{path} is a {type(module).__name__}, which mixes neighbouring sequences"
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    return NO_INTERFACE if can_set is not None and not can_set() else None
+
+
+def config_obstacle(model_class: type, config: PreTrainedConfig) -> str | None:
+    """`packing_obstacle` as far as it shows before the model is made."""
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - LAYER_KINDS
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}"
+    return None if getattr(model_class, "_supports_attention_backend", False) else NO_INTERFACE
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Give a model that cannot be packed an attention of transformers': SDPA where it has it, else eager."""
+    if getattr(model.config, "_attn_implementation", None) not in (ATTENTION_NAME, None):
+        return
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")
 
 
 def _guard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

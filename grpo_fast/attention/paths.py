@@ -1,17 +1,13 @@
-"""Attention over ragged segments: three ways to compute the same numbers.
+"""Attention over ragged segments in plain PyTorch: ways to compute the same numbers.
 
-`padded` works anywhere and knows softcap and windows; `by_segment` calls SDPA once a segment; `varlen` is one
-fused CUDA kernel for all segments. `function.py` chooses.
+`padded` works anywhere and knows softcap, windows and sinks; `by_segment` calls SDPA once a segment. `backends.py`
+chooses.
 
 Letters: L packed positions, H query heads, K key heads, G = H / K, D head width.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -36,8 +32,11 @@ def _probabilities(
     key_heads: int,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax over visible keys (K·rows, G·q_max, k_max), and tanh(score / softcap) where there is one."""
+    sinks: Tensor | None,  # (K·rows, G·q_max, 1) float32
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Softmax over visible keys (K·rows, G·q_max, k_max), tanh(score / softcap) where there is one, and what the
+    sinks took (K·rows, G·q_max, 1) where there are any.
+    """
     scores = torch.bmm(q, k.transpose(1, 2))
     squashed = None
     if softcap is None:
@@ -46,7 +45,22 @@ def _probabilities(
         squashed = scores.mul_(scale / softcap).tanh_()
         scores = squashed * softcap
     scores.view(key_heads, chunk.rows, -1, chunk.q_max, chunk.k_max).add_(chunk.mask)
-    return scores.softmax(-1), squashed
+    if sinks is None:
+        return scores.softmax(-1), squashed, None
+    p = torch.cat([scores, sinks], -1).softmax(-1)
+    return p[..., :-1], squashed, p[..., -1:]
+
+
+def _sink_rows(
+    sinks: Tensor | None,  # (H,)
+    chunk: Chunk,
+    key_heads: int,
+) -> Tensor | None:
+    """Each query's sink, in the layout of the scores: (K·rows, G·q_max, 1) float32."""
+    if sinks is None:
+        return None
+    rows = sinks.float().view(key_heads, 1, -1, 1).expand(-1, chunk.rows, -1, chunk.q_max)
+    return rows.reshape(key_heads * chunk.rows, -1, 1)
 
 
 class _Padded(torch.autograd.Function):
@@ -62,6 +76,7 @@ class _Padded(torch.autograd.Function):
         q: Tensor,  # (L·H, D)
         k: Tensor,  # (L·K, D)
         v: Tensor,  # (L·K, D)
+        sinks: Tensor | None,  # (H,)
         chunks: list[Chunk],
         key_heads: int,
         scale: float,
@@ -69,49 +84,55 @@ class _Padded(torch.autograd.Function):
     ) -> Tensor:  # (L·H, D)
         out = q.new_empty(q.shape[0], v.shape[1])
         size = 4 * sum(len(c.q_index) * c.k_max for c in chunks)
-        save = softcap is None and size <= SAVED_BYTES and any(ctx.needs_input_grad)
+        plain = softcap is None and sinks is None
+        save = plain and size <= SAVED_BYTES and any(ctx.needs_input_grad)
         saved = []
         for c in chunks:
             batch = key_heads * c.rows
-            p, _ = _probabilities(
-                _take(q, c.q_index, batch, -1), _take(k, c.k_index, batch, -1), c, key_heads, scale, softcap
-            )
+            qc, kc = _take(q, c.q_index, batch, -1), _take(k, c.k_index, batch, -1)
+            p, _, _ = _probabilities(qc, kc, c, key_heads, scale, softcap, _sink_rows(sinks, c, key_heads))
             mixed = torch.bmm(p, _take(v, c.k_index, batch, -1)).view(len(c.q_index), -1)
             out.index_copy_(0, c.q_index[c.kept], mixed.index_select(0, c.kept).to(out.dtype))
             if save:
                 saved.append(p)
-        ctx.save_for_backward(q, k, v, out, *saved)
+        ctx.save_for_backward(q, k, v, sinks, out, *saved)
         ctx.settings = chunks, key_heads, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *saved = ctx.saved_tensors
+        q, k, v, sinks, out, *saved = ctx.saved_tensors
         chunks, key_heads, scale, softcap = ctx.settings
         grad = grad_outputs[0]
         along = (grad.float() * out.float()).sum(-1, keepdim=True)  # (L·H, 1)
         dq = torch.zeros_like(q, dtype=torch.float32)
         dk = torch.zeros_like(k, dtype=torch.float32)
         dv = torch.zeros_like(v, dtype=torch.float32)
+        of_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
         for i, c in enumerate(chunks):
             batch = key_heads * c.rows
             qc, kc = _take(q, c.q_index, batch, -1), _take(k, c.k_index, batch, -1)
-            squashed = None
+            squashed = taken = None
             if saved:
                 p = saved[i]
             else:
-                p, squashed = _probabilities(qc, kc, c, key_heads, scale, softcap)
+                rows = _sink_rows(sinks, c, key_heads)
+                p, squashed, taken = _probabilities(qc, kc, c, key_heads, scale, softcap, rows)
             padded = (key_heads, c.rows, -1, c.q_max)
             dout = _take(grad, c.q_index, *padded).mul_(c.valid).view(batch, -1, v.shape[1])
             inner = _take(along, c.q_index, *padded).mul_(c.valid).view(batch, -1, 1)
             dv.index_add_(0, c.k_index, torch.bmm(p.transpose(1, 2), dout).view(len(c.k_index), -1))
+            if of_sinks is not None and taken is not None:
+                of_sinks -= (taken * inner).view(key_heads, c.rows, -1, c.q_max).sum((1, 3)).flatten()
             ds = torch.bmm(dout, _take(v, c.k_index, batch, -1).transpose(1, 2))
             ds.sub_(inner).mul_(p).mul_(scale)
             if squashed is not None:
                 ds.mul_(1 - squashed * squashed)
             dq.index_add_(0, c.q_index, torch.bmm(ds, kc).view(len(c.q_index), -1))
             dk.index_add_(0, c.k_index, torch.bmm(ds.transpose(1, 2), qc).view(len(c.k_index), -1))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        if of_sinks is not None and sinks is not None:
+            of_sinks = of_sinks.to(sinks.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), of_sinks, None, None, None, None
 
 
 def padded(
@@ -122,13 +143,17 @@ def padded(
     *,
     scale: float,
     window: int | None,
-    softcap: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (H,)
 ) -> Tensor:  # (L, H, Dv)
-    """Every segment as a row of a padded rectangle; any device and dtype, computed in float32."""
+    """Every segment as a row of a padded rectangle; any device and dtype, computed in float32.
+
+    `sinks`: a logit of each head that takes part in its softmax and has no value.
+    """
     heads, key_heads = q.shape[1], k.shape[1]
     chunks = plan.chunks(heads, key_heads, window)
     flat = (x.reshape(-1, x.shape[-1]) for x in (q, k, v))
-    return _Padded.apply(*flat, chunks, key_heads, scale, softcap).view(len(q), heads, -1)  # type: ignore[union-attr]
+    return _Padded.apply(*flat, sinks, chunks, key_heads, scale, softcap).view(len(q), heads, -1)  # type: ignore[union-attr]
 
 
 def by_segment(
@@ -139,6 +164,8 @@ def by_segment(
     *,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # (L, H, Dv)
     """One SDPA call a segment: nothing of size length² is stored, so this is the way for long segments."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, L, D)
@@ -152,7 +179,9 @@ def by_segment(
             prefix = slice(first, first + shared)
             keys = torch.cat([k[:, :, prefix], keys], 2)
             values = torch.cat([v[:, :, prefix], values], 2)
-        outs.append(causal(q[:, :, own], keys, values, scale=scale, window=window))
+        outs.append(
+            causal(q[:, :, own], keys, values, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        )
     return torch.cat(outs, 2)[0].transpose(0, 1)
 
 
@@ -164,12 +193,14 @@ def causal(
     scale: float | None,
     window: int | None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,  # (H,)
 ) -> Tensor:  # (B, H, Tq, Dv)
     """Ordinary causal attention of the last Tq of Tk positions."""
     q_len, k_len = q.shape[2], k.shape[2]
     windowed = window is not None and window < k_len
     grouped = q.shape[1] != k.shape[1]
-    if softcap is None and not windowed and (q_len == k_len or q_len == 1):
+    fused = softcap is None and sinks is None
+    if fused and not windowed and (q_len == k_len or q_len == 1):
         return F.scaled_dot_product_attention(q, k, v, is_causal=q_len > 1, scale=scale, enable_gqa=grouped)
     distance = torch.arange(k_len - q_len, k_len, device=q.device)[:, None] - torch.arange(
         k_len, device=q.device
@@ -177,102 +208,15 @@ def causal(
     visible = distance >= 0
     if windowed:
         visible &= distance < (window or k_len)
-    if softcap is None:
+    if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~visible, float("-inf"))
-    return scores.softmax(-1).to(q.dtype) @ v
-
-
-class _GatherKeys(torch.autograd.Function):
-    """`source[index]` whose gradient is summed in float32: G completions add up on one prompt's keys."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = len(source)
-        return source.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        grad = grad_outputs[0]
-        total = grad.new_zeros(ctx.rows, *grad.shape[1:], dtype=torch.float32)
-        return total.index_add_(0, ctx.saved_tensors[0], grad.float()).to(grad.dtype), None
-
-
-def gathered_keys(k: Tensor, v: Tensor, plan: PackedPlan) -> tuple[Tensor, Tensor]:
-    """Keys and values (L, K, D) in the order of `plan.cu_k`: every segment's prefix, then itself."""
-    if not plan.shares_prefix:
-        return k, v
-    return _GatherKeys.apply(k, plan.key_index), _GatherKeys.apply(v, plan.key_index)  # type: ignore[return-value]
-
-
-def varlen(
-    q: Tensor,  # (L, H, D) bf16 or fp16 on CUDA
-    k: Tensor,  # (L, K, D)
-    v: Tensor,  # (L, K, D)
-    plan: PackedPlan,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    package: str,
-) -> Tensor:  # (L, H, D)
-    """All segments in one kernel of `package` ("torch" or "flash_attn"), causal from the bottom right."""
-    k, v = gathered_keys(k, v, plan)
-    limits = (plan.cu_q, plan.cu_k, max(plan.q_lens), max(plan.k_lens))
-    behind = -1 if window is None else window - 1
-    if package == "flash_attn":
-        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-        return flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            *limits,
-            softmax_scale=scale,
-            causal=True,
-            window_size=(behind, 0),
-            softcap=softcap or 0.0,
-        )
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {}
-    accepted = _varlen_parameters()
-    if "window_size" in accepted:
-        options["window_size"] = (behind, 0)
-    else:
-        options["is_causal"] = True
-    if "scale" in accepted:
-        options["scale"] = scale
-    else:
-        q = q * (scale * math.sqrt(q.shape[-1]))
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in accepted:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return varlen_attn(q, k, v, *limits, **options)  # pyright: ignore[reportReturnType]
-
-
-@cache
-def _varlen_parameters() -> frozenset[str]:
-    """Argument names of torch's varlen_attn, which changed from release to release; empty without it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def varlen_packages(*, window: int | None, softcap: float | None) -> list[str]:
-    """Packages whose fused kernel offers what this attention needs, best first."""
-    packages = []
-    accepted = _varlen_parameters()
-    if softcap is None and accepted and (window is None or "window_size" in accepted):
-        packages.append("torch")
-    if importlib.util.find_spec("flash_attn") is not None:
-        packages.append("flash_attn")
-    return packages
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1).to(q.dtype) @ v
+    column = sinks.float().view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1].to(q.dtype) @ v

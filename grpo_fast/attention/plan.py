@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 CHUNK_SCORES = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Scores (float32) of one padded chunk: few enough for a core's cache, or many enough to fill a GPU."""
+
+TILE_ROWS = 256
+"""Queries of one tile of a layer with a sliding window."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,21 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """Some consecutive queries and some consecutive keys that they attend to; positions in the packed row."""
+
+    queries: tuple[int, int]
+    """First query and the one after the last."""
+    keys: tuple[int, int]
+    causal: bool = False
+    """Query i sees the keys up to i (as many keys as queries); else all of them, or those of `mask`."""
+    mask: Tensor | None = None
+    """(queries, keys) float32: 0 where a query may look, -inf elsewhere; every query sees at least one key."""
+    first: bool = True
+    """Whether no tile before it has the same queries."""
+
+
+@dataclass(frozen=True)
 class PackedPlan:
     """Segments one after another in a row of L positions; each attends causally to itself and to its prefix.
 
@@ -57,6 +75,9 @@ class PackedPlan:
     _chunks: dict[tuple[int, int, int | None], list[Chunk]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _tiles: dict[int | None, list[Tile]] = field(default_factory=dict, repr=False, compare=False)
+    block_masks: dict[tuple[int, int | None], Any] = field(default_factory=dict, repr=False, compare=False)
+    """FlexAttention's block masks by padded length and window (`flex.py`)"""
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Self:
@@ -66,7 +87,7 @@ class PackedPlan:
 
     def to(self, device: torch.device | str) -> PackedPlan:
         """The same plan with its index tensors on `device`."""
-        return replace(self, device=torch.device(device), _chunks={})
+        return replace(self, device=torch.device(device), _chunks={}, _tiles={}, block_masks={})
 
     @cached_property
     def q_starts(self) -> tuple[int, ...]:
@@ -82,6 +103,11 @@ class PackedPlan:
     def k_lens(self) -> tuple[int, ...]:
         """Number of keys of each segment: its prefix and itself."""
         return tuple(p + q for p, q in zip(self.prefix_lens, self.q_lens, strict=True))
+
+    @cached_property
+    def keys_per_query(self) -> float:
+        """Number of keys of a segment, on the average over the row's positions."""
+        return sum(q * k for q, k in zip(self.q_lens, self.k_lens, strict=True)) / self.length
 
     @cached_property
     def shares_prefix(self) -> bool:
@@ -110,6 +136,62 @@ class PackedPlan:
             index.extend(range(start, start + count))
             index.extend(range(own, own + q_len))
         return torch.tensor(index, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """Runs of segments (first, one after the last) that follow each other and have the same prefix."""
+        prefixes = list(zip(self.prefix_starts, self.prefix_lens, strict=True))
+        firsts = [s for s in range(len(prefixes)) if s == 0 or prefixes[s] != prefixes[s - 1]]
+        return list(zip(firsts, [*firsts[1:], len(prefixes)], strict=True))
+
+    def tiles(self, window: int | None) -> list[Tile]:
+        """The row as rectangles, each segment's own keys before its prefix; made once, shared by all layers."""
+        if window not in self._tiles:
+            self._tiles[window] = self._make_tiles(window)
+        return self._tiles[window]
+
+    def _make_tiles(self, window: int | None) -> list[Tile]:
+        tiles: list[Tile] = []
+        masks: dict[tuple[int, int, int], Tensor] = {}
+
+        def masked(queries: tuple[int, int], keys: tuple[int, int], distance: int, first: bool) -> Tile:
+            """`distance`: from the first key to the first query, in the sequence."""
+            assert window is not None
+            shape = queries[1] - queries[0], keys[1] - keys[0], distance
+            if shape not in masks:
+                behind = distance + torch.arange(shape[0])[:, None] - torch.arange(shape[1])
+                masks[shape] = torch.zeros(behind.shape).masked_fill_(
+                    (behind < 0) | (behind >= window), float("-inf")
+                )
+            return Tile(queries, keys, mask=masks[shape], first=first)
+
+        for first, end in self.groups:
+            shared, prefix = self.prefix_lens[first], self.prefix_starts[first]
+            for s in range(first, end):
+                start, stop = self.q_starts[s : s + 2]
+                if window is None or window >= stop - start:
+                    for at in range(start, stop, TILE_ROWS):
+                        rows = at, min(at + TILE_ROWS, stop)
+                        tiles.append(Tile(rows, rows, causal=True))
+                        if at > start:
+                            tiles.append(Tile(rows, (start, at), first=False))
+                    continue
+                for at in range(start, stop, TILE_ROWS):
+                    rows, low = (at, min(at + TILE_ROWS, stop)), max(start, at - window + 1)
+                    tiles.append(masked(rows, (low, rows[1]), at - low, True))
+            if not shared:
+                continue
+            if window is None or window >= shared + max(self.q_lens[first:end]):
+                rows = self.q_starts[first], self.q_starts[end]
+                tiles.append(Tile(rows, (prefix, prefix + shared), first=False))
+                continue
+            for s in range(first, end):
+                reach = min(window - 1, self.q_lens[s])  # the queries that still see the prefix
+                low = max(0, shared - window + 1)
+                if reach:
+                    rows = self.q_starts[s], self.q_starts[s] + reach
+                    tiles.append(masked(rows, (prefix + low, prefix + shared), shared - low, False))
+        return tiles
 
     def chunks(self, heads: int, key_heads: int, window: int | None) -> list[Chunk]:
         """The segments as padded rectangles of similar length; made once and shared by all layers."""

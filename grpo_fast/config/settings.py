@@ -63,6 +63,8 @@ class PolicySettings(AdapterSettings):
     """Liger's RMSNorm, rotary embedding and gated MLP in the body of the model; needs a CUDA device."""
     backend: Literal["auto", "torch", "triton", "fused"] = "auto"
     """Kernels of the loss head; auto takes triton on a CUDA device and torch elsewhere (fused: not measured yet)."""
+    attention: Literal["auto", "flash", "torch", "flex", "sdpa", "reference"] = "auto"
+    """Attention of packed rows (policy and reward models); auto: the fastest that passes a check on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)

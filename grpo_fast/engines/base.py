@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo_fast.config.settings import RolloutSettings
 from grpo_fast.errors import UserError
@@ -113,3 +114,29 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release everything; the engine is not used again."""
         ...
+
+
+def check_request(prompts: list[list[int]], n: int, vocabulary: int) -> None:
+    """UserError for no completions, an empty prompt, and a token that is none of `vocabulary`."""
+    if n < 1:
+        raise UserError(f"n, the completions per prompt, must be at least 1, got {n}")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: generation needs at least one token to start from")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocabulary:
+            raise UserError(
+                f"prompt {i} has token {low if low < 0 else high}, the vocabulary ends at {vocabulary - 1}"
+            )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

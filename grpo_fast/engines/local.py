@@ -6,8 +6,8 @@ caches of `grpo_fast.attention`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from grpo_fast.attention.function import use_packed_attention
 from grpo_fast.attention.group_cache import GroupCache
 from grpo_fast.attention.paged_cache import PagedCache, pages_of
 from grpo_fast.config.engine_settings import EngineSettings
-from grpo_fast.engines.base import Completion, Sampling
+from grpo_fast.engines.base import Completion, Sampling, check_request, evaluating
 from grpo_fast.engines.decoder import Decoder
 from grpo_fast.engines.graphs import Capture, CudaCapture, StepGraphs
 from grpo_fast.engines.readback import results_later
@@ -87,12 +87,12 @@ class LocalEngine:
         the model returns logits that are no distribution.
         """
         head = head_of(self.model)
-        _check(prompts, n, head.weight.shape[0])
+        check_request(prompts, n, head.weight.shape[0])
         if sampling.stop_strings and self.decode is None:
             raise UserError("stop_strings need the tokenizer: give the engine its decode")
         if not prompts:
             return []
-        with _evaluating(self.model), torch.no_grad(), self._merged():
+        with evaluating(self.model), torch.no_grad(), self._merged():
             run = self._run(head, prompts, n, sampling, seed)
             while run.unfinished:
                 run.advance()
@@ -182,28 +182,3 @@ class LocalEngine:
     def close(self) -> None:
         """The same as `sleep`."""
         self.sleep()
-
-
-def _check(prompts: list[list[int]], n: int, vocabulary: int) -> None:
-    if n < 1:
-        raise UserError(f"n, the completions per prompt, must be at least 1, got {n}")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {i} is empty: generation needs at least one token to start from")
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= vocabulary:
-            raise UserError(
-                f"prompt {i} has token {low if low < 0 else high}, the vocabulary ends at {vocabulary - 1}"
-            )
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -21,13 +21,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_fast.attention.function import ATTENTION_NAME
+from grpo_fast.attention.function import ATTENTION_NAME, packing_obstacle
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
 from grpo_fast.models.lora import LoraSettings, add_lora, merged_state, quiet_peft
-from grpo_fast.models.self_check import check_head, check_packing, packed_hidden_states
+from grpo_fast.models.self_check import (
+    check_causal,
+    check_head,
+    hidden_states,
+    packing_fault,
+    run_one_by_one,
+)
 from grpo_fast.packing import PackedBatch
 
 
@@ -72,6 +78,8 @@ class Policy(nn.Module):
     model: PreTrainedModel
     peft_model: PeftModel | None
     tokenizer: PreTrainedTokenizerBase
+    packed: bool
+    """Whether sequences share a row; a model in which they would see each other runs one sequence a row."""
 
     def __init__(
         self,
@@ -79,8 +87,10 @@ class Policy(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         peft_model: PeftModel | None = None,
+        packed: bool = True,
     ):
         super().__init__()
+        self.packed = packed
         self.model = model
         self.tokenizer = tokenizer
         # The same parameters under other names: kept out of nn.Module's registry.
@@ -100,7 +110,7 @@ class Policy(nn.Module):
         """A saved model folder, a hub id, or a folder of a saved adapter (then training goes on with it).
 
         Raises UserError for what `SavedPolicy.read` refuses, for a checkpoint that is incomplete, and for an
-        architecture that cannot be packed.
+        architecture that cannot be trained.
         """
         saved = path if isinstance(path, SavedPolicy) else SavedPolicy.read(path)
         if saved.adapter and lora is not None:
@@ -161,7 +171,10 @@ class Policy(nn.Module):
     ) -> Policy:
         if peft_model is not None:
             _refuse_lora_on_head(model)
-        if model.config._attn_implementation != ATTENTION_NAME:
+        why = packing_obstacle(model)
+        if why is not None:
+            run_one_by_one(model, why)
+        elif model.config._attn_implementation != ATTENTION_NAME:
             model.set_attn_implementation(ATTENTION_NAME)
         head_of(model)  # refuses heads whose logits cannot be computed from hidden @ weight
         pretrained.switch_off_dropout(model)
@@ -169,7 +182,7 @@ class Policy(nn.Module):
             apply_liger(model)
         if gradient_checkpointing:
             pretrained.enable_gradient_checkpointing(model, "model")
-        return cls(model, tokenizer, peft_model=peft_model).train()
+        return cls(model, tokenizer, peft_model=peft_model, packed=why is None).train()
 
     @property
     def device(self) -> torch.device:
@@ -193,7 +206,8 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The last hidden state of every position that predicts a completion token: (N, H), model dtype."""
-        return packed_hidden_states(self.model, batch).index_select(0, batch.hidden_index)
+        states = hidden_states(self.model, batch, packed=self.packed)
+        return states.index_select(0, batch.hidden_index)
 
     def forward(
         self,
@@ -274,7 +288,7 @@ class Policy(nn.Module):
         """A copy that never changes: the reference of a fully trained policy when kl_coef > 0."""
         if self.is_lora:
             raise ValueError("a LoRA policy needs no frozen copy: logprobs(batch, reference=True)")
-        frozen = Policy(copy.deepcopy(self.model), self.tokenizer)
+        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, packed=self.packed)
         frozen.requires_grad_(False)
         return frozen.eval()
 
@@ -295,9 +309,16 @@ class Policy(nn.Module):
                 self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def self_check(self) -> None:
-        """Packed equals one by one, and hidden state x head the model's logits; UserError if not."""
+        """Hidden state x head must be the model's logits, and no state depend on later tokens; UserError if not.
+
+        Where packed and one by one differ, sequences are not packed from now on.
+        """
         check_head(self.model, self.tokenizer)
-        check_packing(self.model, self.tokenizer)
+        if self.packed and (why := packing_fault(self.model, self.tokenizer)):
+            self.packed = False
+            run_one_by_one(self.model, why)
+        if not self.packed:
+            check_causal(self.model, self.tokenizer)
 
 
 def _refuse_lora_on_head(model: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
 """Reading models and tokenizers of `transformers`, with the mistakes people make turned into one line.
 
 Shared by the policy and the reward model. Everything that can be said from the configuration alone is said
-before any weight is read: a missing folder, a tokenizer that does not fit, an architecture that the packed
-attention cannot serve.
+before any weight is read: a missing folder, a tokenizer that does not fit, an architecture that cannot be
+trained.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from grpo_fast.attention.function import ATTENTION_NAME
+from grpo_fast.attention.function import ATTENTION_NAME, config_obstacle
 from grpo_fast.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 ROUND_TRIP_TEXT = "Please answer in 3 short steps: wash, rinse and dry."
 
 
@@ -185,21 +184,42 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, what: str) -
 
 
 def check_architecture(model_class: type, config: PreTrainedConfig, what: str) -> None:
-    """Refuse by name what the packed attention cannot serve, from the configuration alone."""
+    """Refuse by name what cannot be trained here at all, from the configuration alone."""
     name = model_class.__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{what}: {name} is an encoder-decoder; a decoder-only language model is needed")
-    if not getattr(model_class, "_supports_attention_backend", False):
+    if any("mrope_section" in parameters for parameters in rope_parameters(config)):
         raise UserError(
-            f"{what}: {name} does not take its attention from transformers' AttentionInterface, so sequences "
-            "packed into one row would see each other; use a decoder such as Qwen2, Llama, Mistral or Gemma"
+            f"{what}: {name} has three-dimensional positions (mRoPE), which text alone does not give; take a "
+            "language model with plain rotary positions"
         )
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - PACKABLE_LAYERS
-    if kinds:
-        raise UserError(
-            f"{what}: {name} has layers of kind {', '.join(sorted(kinds))}, which leak between sequences "
-            "packed into one row; only full and sliding-window attention is supported"
-        )
+
+
+def rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The parameters of the rotary embedding, one dictionary for all layers or one for each kind of layer."""
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in found.values() if isinstance(value, dict)]
+    return nested or [found]
+
+
+def position_limit(config: PreTrainedConfig) -> tuple[int, str] | None:
+    """Positions a sequence may have, and in brackets what limits them to fewer than the model has; None: any number.
+
+    Two kinds of rotary scaling take their frequencies from the longest sequence of the *row*: dynamic NTK, and
+    longrope, which switches sets. Up to the length they start from, sequences side by side have the frequencies each
+    has alone, and one that grows keeps those of its first token; beyond it they would not.
+    """
+    text = config.get_text_config()
+    size = getattr(text, "max_position_embeddings", None)
+    limits = [(size, "")]
+    for parameters in rope_parameters(config):
+        kind = parameters.get("rope_type", parameters.get("type"))
+        if kind in ("dynamic", "longrope"):
+            start = parameters.get("original_max_position_embeddings") or size
+            limits.append(
+                (start, f" (beyond, {kind} rotary scaling depends on the other sequences of a row)")
+            )
+    return min(((limit, why) for limit, why in limits if limit), default=None)
 
 
 def load_model(
@@ -212,7 +232,7 @@ def load_model(
     device: torch.device,
     may_miss: tuple[str, ...] = (),
 ) -> PreTrainedModel:
-    """The weights of a saved model with the packed attention switched on.
+    """The weights of a saved model with the packed attention switched on where its kind allows it.
 
     Weights that the files lack, or have in another shape, would be drawn at random: refused, except for names that
     start with one of `may_miss` (a new reward head).
@@ -229,7 +249,7 @@ def load_model(
             str(path),
             config=config,
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=None if config_obstacle(model_class, config) else ATTENTION_NAME,
             output_loading_info=True,
             ignore_mismatched_sizes=bool(may_miss),
         )

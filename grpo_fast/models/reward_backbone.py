@@ -48,8 +48,8 @@ def linear_score(model: PreTrainedModel) -> nn.Linear:
 
 
 def length_limit(config: PreTrainedConfig, max_tokens: int | None) -> int | None:
-    """The smaller of `max_tokens` and the number of positions the model has, None where neither is known."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The smaller of `max_tokens` and the positions a reply may have, None where neither is known."""
+    positions, _ = pretrained.position_limit(config) or (None, "")
     return min(filter(None, (max_tokens, positions)), default=None)
 
 

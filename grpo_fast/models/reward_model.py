@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo_fast.attention.function import ATTENTION_NAME
+from grpo_fast.attention.function import ATTENTION_NAME, config_obstacle, packing_obstacle
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.lora import LoraSettings, add_lora, merged_state
@@ -46,7 +46,7 @@ from grpo_fast.models.reward_data import (
     write_layout,
 )
 from grpo_fast.models.reward_text import Encoded, PromptLike, encode, pack_replies
-from grpo_fast.models.self_check import check_packing, packed_hidden_states
+from grpo_fast.models.self_check import check_causal, hidden_states, packing_fault, run_one_by_one
 from grpo_fast.packing import PackedBatch
 from grpo_fast.trust.distance import FILE as FEATURES_FILE
 from grpo_fast.trust.distance import FeatureStatistics
@@ -151,7 +151,8 @@ class SavedRewardModel:
 class RewardModel(nn.Module):
     """A decoder with a linear output for each head; `forward` gives the raw outputs of a batch.
 
-    Making one checks that the model computes the same packed and unpacked (UserError if not).
+    Making one checks that the model computes the same packed and unpacked; one that does not reads one sequence a
+    row.
     """
 
     def __init__(
@@ -170,7 +171,8 @@ class RewardModel(nn.Module):
                 f"reward model: {name} has {score.out_features} outputs, {len(layout.names)} are needed for "
                 f"{', '.join(layout.names)}"
             )
-        if model.config._attn_implementation != ATTENTION_NAME:
+        why = packing_obstacle(model)
+        if why is None and model.config._attn_implementation != ATTENTION_NAME:
             model.set_attn_implementation(ATTENTION_NAME)
         pretrained.switch_off_dropout(model)
         self.model = model
@@ -186,7 +188,11 @@ class RewardModel(nn.Module):
             None if lora is None else add_lora(model, lora, trained_whole=("score",))
         )
         self.to(model.device)
-        check_packing(model, tokenizer)
+        why = why or packing_fault(model, tokenizer)
+        self.packed = why is None
+        if why is not None:
+            run_one_by_one(model, why)
+            check_causal(model, tokenizer)
 
     @classmethod
     def from_config(
@@ -204,8 +210,10 @@ class RewardModel(nn.Module):
         describe(config, tokenizer, layout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            model_class = cast(type, AutoModelForSequenceClassification._model_mapping[type(config)])
+            attention = None if config_obstacle(model_class, config) else ATTENTION_NAME
             model = AutoModelForSequenceClassification.from_config(
-                config, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+                config, dtype=torch.float32, attn_implementation=attention
             )
         return cls(model.to(pretrained.as_device(device), pretrained.as_dtype(dtype)), tokenizer, layout)
 
@@ -324,7 +332,7 @@ class RewardModel(nn.Module):
 
     def read(self, batch: PackedBatch) -> Tensor:
         """The hidden state each reply is scored from, in the batch's order: (S, H), model dtype."""
-        return packed_hidden_states(self.model, batch)[batch.last_index]
+        return hidden_states(self.model, batch, packed=self.packed)[batch.last_index]
 
     @torch.no_grad()
     def read_with_features(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -343,7 +351,11 @@ class RewardModel(nn.Module):
             read = self.read(batch)
         finally:
             hook.remove()
-        middle = kept[0].reshape(-1, read.shape[1]).float()  # (L, H)
+        sizes = (
+            (batch.plan.length,) if self.packed else batch.plan.q_lens
+        )  # what each call adds behind its prefix
+        parts = [x.reshape(-1, read.shape[1])[-size:] for x, size in zip(kept, sizes, strict=True)]
+        middle = torch.cat(parts).float()  # (L, H)
         lengths = batch.cu_seqlens.diff().long()
         means = torch.segment_reduce(middle[batch.hidden_index], "mean", lengths=lengths, initial=0.0)
         means = torch.where(lengths[:, None] > 0, means, middle[batch.last_index])  # of an empty reply
@@ -426,6 +438,7 @@ class RewardModel(nn.Module):
             padding=self.model.config.get_text_config().pad_token_id,
             token_budget=token_budget,
             together=together,
+            share_prefix=self.packed,
         )
 
 

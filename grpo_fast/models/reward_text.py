@@ -143,6 +143,7 @@ def pack_replies(
     padding: int | None,
     token_budget: int,
     together: Sequence[int] | None = None,
+    share_prefix: bool = True,
 ) -> list[PackedBatch]:
     """Pack so that `last_index` is the position `transformers` reads (see the module's docstring).
 
@@ -162,7 +163,15 @@ def pack_replies(
             owner[i] = len(prompts)
             prompts.append(row[:1])
             kept[i] = row[1:]
-    return pack(prompts, kept, prompt_of=owner, token_budget=token_budget, keep_last=True, together=together)
+    return pack(
+        prompts,
+        kept,
+        prompt_of=owner,
+        token_budget=token_budget,
+        share_prefix=share_prefix,
+        keep_last=True,
+        together=together,
+    )
 
 
 def _without_padding(ids: list[int], padding: int | None) -> list[int]:
