@@ -13,7 +13,7 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
 from grpo_fast.data.prompts import PromptSampler
-from grpo_fast.engines.local import LocalEngine
+from grpo_fast.engines.choose import engine_of
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
@@ -37,7 +37,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     """
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
-    engine = LocalEngine(policy.model, max_rows=config.rollout.max_rows)
+    engine = run.closing(engine_of(config, policy, run.path))
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     optimizer = Optimizer(
@@ -56,6 +56,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         task.scorer.names, task.scorer.weights, config.reward.floors, lr=config.reward.floor_lr
     )
     first = restore(run.path, policy.model, optimizer, multipliers.state)
+    engine.push(policy.named_weights(), first)
     watch = Watch([row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first])
     run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)
     for line in task.scorer.doubts():
@@ -100,9 +101,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             # push the policy towards what scored better, and hold it near the reference
             with run.phase_timer("update"):
                 metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
-                engine.push(policy.model.named_parameters(), step + 1)
+                engine.push(policy.named_weights(), step + 1)
             metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
-            metrics |= task.scorer.counts()
+            metrics |= task.scorer.counts() | engine.counts()
             metrics |= multipliers.update(task.scorer.used(rollout.scored))
             for name, sign in watch.step(metrics).items():
                 metrics[f"warning/{name}"] = 1.0

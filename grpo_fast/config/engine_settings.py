@@ -12,10 +12,32 @@ class EngineSettings:
 
     kind: Literal["local", "vllm"] = "local"
     """local: in this process, on the very weights that are trained; vllm: a vLLM server."""
+    url: str = ""
+    """vllm: a server that is running, http://127.0.0.1:8000; empty: engine.executable is started."""
+    executable: str = ""
+    """vllm: the vllm program of an environment of its own; it is started, and stopped at the end of the run."""
+    options: tuple[str, ...] = ()
+    """vllm: further arguments of the program that is started, each NAME=VALUE or NAME of its flags, without dashes."""
+    devices: str = ""
+    """vllm: GPUs of the server that is started, by number (1,2); empty: it shares the policy's."""
+    transfer: Literal["auto", "ipc", "nccl"] = "auto"
+    """vllm: weights are handed over inside one GPU (ipc) or between GPUs (nccl); auto: ipc where the GPU is shared."""
+    timeout_s: float = 600.0
+    """vllm: seconds without a finished group after which a rollout has failed, and longest time of a hand-over."""
+    start_timeout_s: float = 900.0
+    """vllm: seconds the server that is started may take until it answers."""
+    gpu_memory_utilization: float = 0.4
+    """vllm: share of its GPU the server that is started may use."""
+    sleep: bool = False
+    """vllm: the server gives its GPU memory back while the policy is trained."""
+    allow_remote: bool = False
+    """vllm: let engine.url be another machine; such a server unpickles what it is sent, so its network must be safe."""
+    api_key_env: str = ""
+    """vllm: name of the environment variable that holds the key of engine.url; empty: none is sent."""
     retries: int = 2
     """Times a rollout that fails (engine gone, completions missing, stale weights, NaN) is tried again."""
     max_mismatch: float = 0.1
-    """The run stops when the engine's log-probs diverge this far from the trainer's (k3 estimate of the KL); 0: never."""
+    """The run stops if the engine's log-probs diverge this far from the trainer's (k3 estimate of the KL); 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)
