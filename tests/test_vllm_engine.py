@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,12 +278,23 @@ def started(settings: EngineSettings, model: Path, log: Path) -> VllmEngine:
     return VllmEngine(settings, BytesTransfer(), server=VllmServer(settings, serving(model), log))
 
 
+def processes() -> dict[int, int]:
+    """The process group of everything that runs; what has ended and waits to be collected does not."""
+    found: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+            if state not in "ZX":
+                found[int(path.parent.name)] = int(process_group)
+    return found
+
+
 def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return pid in processes()
+
+
+def group(leader: int) -> list[int]:
+    return [pid for pid, process_group in processes().items() if process_group == leader]
 
 
 def test_a_server_is_started_restarted_and_stopped(tmp_path: Path) -> None:
@@ -305,13 +319,13 @@ def test_a_server_is_started_restarted_and_stopped(tmp_path: Path) -> None:
     try:
         guarded.push(model.named_parameters(), 4)
         want = texts(guarded.generate(PROMPTS, 2, SAMPLING, seed=0))
-        os.kill(first, signal.SIGKILL)
+        os.killpg(first, signal.SIGKILL)
         assert texts(guarded.generate(PROMPTS, 2, SAMPLING, seed=0)) == want
         assert guarded.counts() == {"engine/retries": 1.0}
         second = server._process.pid
     finally:
         guarded.close()
-    assert second != first and not is_alive(first) and not is_alive(second)
+    assert second != first and not group(first) and not group(second)
     assert server.key not in (tmp_path / "run" / "vllm.log").read_text()
 
 
@@ -332,18 +346,34 @@ def test_a_server_that_does_not_come_up_is_explained_and_gone(tmp_path: Path, mo
     settings = EngineSettings(kind="vllm", executable=deaf, start_timeout_s=1)
     with pytest.raises(EngineError, match=r"start_timeout_s = 1 s; .*still loading"):
         started(settings, tmp_path, tmp_path / "vllm.log")
-    deadline = time.monotonic() + 5
     pids = [int(word) for word in children.read_text().split()]
-    while time.monotonic() < deadline and any(is_alive(pid) and not is_zombie(pid) for pid in pids):
+    assert len(pids) == 2
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_server_does_not_outlive_a_killed_trainer(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    deaf = program(tmp_path, f"#!/bin/sh\necho $$ >> {pids}\nwhile true; do sleep 1; done\n")
+    trainer = (
+        "import sys; from pathlib import Path\n"
+        "from grpo_fast.config.engine_settings import EngineSettings\n"
+        "from grpo_fast.engines.vllm_server import Serving, VllmServer\n"
+        f"settings = EngineSettings(kind='vllm', executable={deaf!r}, start_timeout_s=60)\n"
+        f"VllmServer(settings, {serving(tmp_path)!r}, Path({str(tmp_path / 'vllm.log')!r})).start()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", trainer], cwd=Path(__file__).parents[1]) as process:
+        wait_for(lambda: pids.exists() and pids.read_text().strip() != "")
+        pid = int(pids.read_text())
+        assert is_alive(pid)
+        process.kill()
+    wait_for(lambda: not is_alive(pid))
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert len(pids) == 2 and all(not is_alive(pid) or is_zombie(pid) for pid in pids)
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return False
 
 
 def test_the_command_line_of_a_server() -> None:

@@ -27,6 +27,7 @@ OLDEST, NEWEST = (0, 31), (0, 33)
 JOIN_S = 60.0  # for our side of a collective after the server's has succeeded
 
 OnGroup = Callable[[int, list[Completion]], None]
+Answered = asyncio.Task[tuple[int, dict[str, Any]]]
 
 
 class VllmEngine:
@@ -109,11 +110,10 @@ class VllmEngine:
         self._connect()
 
     def _answers(self) -> bool:
+        """Whether what generates is well: `/health` is answered in front of it, this behind."""
         assert self._client is not None
         try:
-            self._client.call(
-                "GET", "/is_paused", timeout_s=10.0
-            )  # answered by what generates, not in front of it
+            self._client.call("GET", "/is_paused", timeout_s=10.0)
             return True
         except (EngineError, UserError):
             return False
@@ -135,10 +135,8 @@ class VllmEngine:
         """
         self._check(prompts, n, sampling)
         self._wake()
-        if self._held() != str(self._version):
-            raise EngineError(
-                f"the server holds weights {self._held()!r}, and {self._version} were handed over last"
-            )
+        if (held := self._held()) != str(self._version):
+            raise EngineError(f"the server holds weights {held!r}, and {self._version} were handed over last")
         asked = (self._version, n, sampling, seed, tuple(map(tuple, prompts)))
         if asked != self._asked:
             self._asked, self._groups = asked, {}
@@ -181,13 +179,26 @@ class VllmEngine:
                             f"no group ended within engine.timeout_s = {self._settings.timeout_s:g} s, "
                             f"{len(waiting)} are missing"
                         )
-                    for task in ended:
-                        prompt, answer = task.result()
-                        self._groups[prompt] = read(answer, prompts[prompt], n, sampling, self._version)
+                    problems = [
+                        problem for task in ended if (problem := self._keep(task, prompts, n, sampling))
+                    ]
+                    if problems:
+                        raise problems[0]
             finally:
                 for task in waiting:
                     task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
+
+    def _keep(
+        self, task: Answered, prompts: list[list[int]], n: int, sampling: Sampling
+    ) -> BaseException | None:
+        """Keep the group that came, or return why none did."""
+        try:
+            prompt, answer = task.result()
+            self._groups[prompt] = read(answer, prompts[prompt], n, sampling, self._version)
+        except (EngineError, UserError) as error:
+            return error
+        return None
 
     def _hand_on(self, on_group: OnGroup, prompt: int) -> None:
         try:
@@ -224,10 +235,8 @@ class VllmEngine:
             if self._post("/reset_prefix_cache").get("success") is False:
                 raise EngineError("/reset_prefix_cache: the server keeps what it cached of the old weights")
             self._post("/resume")
-            if self._held() != str(version):
-                raise EngineError(
-                    f"weights {version} were handed over, and the server holds {self._held()!r}"
-                )
+            if (held := self._held()) != str(version):
+                raise EngineError(f"weights {version} were handed over, and the server holds {held!r}")
         except BaseException:
             self._leave_update()
             raise

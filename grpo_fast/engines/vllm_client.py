@@ -64,8 +64,9 @@ class VllmClient:
         return self._read(path, answer.status_code, bytes(body)) if body or answer.status_code != 200 else {}
 
     def session(self) -> httpx2.AsyncClient:
-        """A client for `completion`, one for each event loop."""
-        return httpx2.AsyncClient(**self._options)
+        """A client for `completion`, one for each event loop; how long one may take is for its caller to say."""
+        patient: dict[str, Any] = {"timeout": httpx2.Timeout(None, connect=min(CONNECT_S, self._timeout_s))}
+        return httpx2.AsyncClient(**(self._options | patient))
 
     async def completion(
         self, session: httpx2.AsyncClient, payload: dict[str, Any], *, largest: int

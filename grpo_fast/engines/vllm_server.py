@@ -23,6 +23,17 @@ from grpo_fast.engines.faults import EngineError
 from grpo_fast.errors import UserError
 
 STOP_S = 10.0  # between asking it to end and killing it
+# Runs the words after it, and ends their process group when standard input does: with this process, however it ends.
+_KEEPER = """
+exec 3<&0
+trap : TERM
+"$@" </dev/null 3<&- & server=$!
+{ trap '' TERM; read -r _ <&3; kill -TERM 0; sleep 5; kill -KILL 0; } &
+exec 3<&-
+wait $server; code=$?
+while kill -0 $server 2>/dev/null; do wait $server; code=$?; done
+exit $code
+"""
 POLL_S = 0.2
 _OURS = (
     "PYTHONPATH",
@@ -79,8 +90,14 @@ class VllmServer:
         with self._log.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
-                    command(self._program, self._settings, self._serving, port),
-                    stdin=subprocess.DEVNULL,
+                    [
+                        "/bin/sh",
+                        "-c",
+                        _KEEPER,
+                        "vllm",
+                        *command(self._program, self._settings, self._serving, port),
+                    ],
+                    stdin=subprocess.PIPE,  # never written to
                     stdout=log,
                     stderr=log,
                     env=self._environment(),
@@ -126,8 +143,12 @@ class VllmServer:
         _signal_group(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
-        _signal_group(process.pid, signal.SIGKILL)  # workers that outlived their parent
+        _signal_group(
+            process.pid, signal.SIGKILL
+        )  # the keeper's watch, and workers that outlived their parent
         process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
 
     def last_lines(self, count: int = 3) -> str:
         """The end of its log in one line, and where the rest is."""
@@ -142,6 +163,7 @@ class VllmServer:
 
     def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in _OURS}
+        environment["PATH"] = os.pathsep.join([os.path.dirname(self._program), environment.get("PATH", "")])
         environment |= {
             "VLLM_SERVER_DEV_MODE": "1",  # weight transfer, sleep and cache routes
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # memory handles arrive pickled; loopback only
