@@ -66,7 +66,7 @@ class Pipeline:
         return rollout
 
     def _push(self, version: int) -> None:
-        self._engine.push(self._task.policy.model.named_parameters(), version)
+        self._engine.push(self._task.policy.named_weights(), version)
 
     def _make_aside(self, step: int, weights: Tensor) -> tuple[Rollout, dict[str, float]]:
         """The same in the thread, on a CUDA stream of its own."""

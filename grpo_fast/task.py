@@ -13,6 +13,7 @@ from grpo_fast.config.resolve import check_paths, loss_config, resolve_device, r
 from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.engines.base import Sampling
+from grpo_fast.engines.choose import check_engine
 from grpo_fast.errors import UserError
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.models.policy import Policy, SavedPolicy
@@ -68,6 +69,7 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
     check_choice(config.policy.attention, resolve_device(config))
     loss_config(config)
     check_paths(config)
+    check_engine(config)
     training, heldout = _rows(config) if config.policy.model else ([], [])
     functions = None
     if config.reward.functions:

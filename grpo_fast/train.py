@@ -14,7 +14,7 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
 from grpo_fast.data.queue import PromptQueue
-from grpo_fast.engines.choose import builtin_engine
+from grpo_fast.engines.choose import engine_of
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
@@ -48,13 +48,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     use(config.policy.attention)
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
-    engine = builtin_engine(
-        policy,
-        max_rows=config.rollout.max_rows,
-        settings=config.engine,
-        decode=task.decode,
-        separate=config.rollout.ahead,
-    )
+    engine = run.closing(engine_of(config, policy, run.path, task.decode))
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     optimizer = Optimizer(
@@ -82,7 +76,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     before = saved_evaluation(run.path)
     if before is None:
         with run.phase_timer("evaluate"):
-            engine.push(policy.model.named_parameters(), first)
+            engine.push(policy.named_weights(), first)
             before = evaluate(task, engine, config, seed=base_seed)
         run.logger.samples(sample_rows("before", 0, task, before, config.run.samples))
         save_evaluation(run.path, before)
@@ -110,7 +104,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             metrics |= pipeline.metrics | rollout_metrics(
                 rollout, task.scorer.names, config.rollout.group_size
             )
-            metrics |= task.scorer.counts()
+            metrics |= task.scorer.counts() | engine.counts()
             metrics |= multipliers.update(task.scorer.used(rollout.scored))
             for name, sign in watch.step(metrics).items():
                 metrics[f"warning/{name}"] = 1.0
@@ -119,7 +113,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             done = steps.taken(metrics)
             if is_due(done, config.run.eval_every) and done < config.run.steps:
                 with run.phase_timer("evaluate"):
-                    engine.push(policy.model.named_parameters(), done)
+                    engine.push(policy.named_weights(), done)
                     evaluation = evaluate(task, engine, config, seed=base_seed)
                 metrics |= means(evaluation)
                 run.logger.samples(sample_rows("step", done, task, evaluation, config.run.samples))
@@ -130,7 +124,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             run.check_stop()
 
         with run.phase_timer("evaluate"):
-            engine.push(policy.model.named_parameters(), steps.done)
+            engine.push(policy.named_weights(), steps.done)
             after = evaluate(task, engine, config, seed=base_seed)
         run.logger.samples(sample_rows("after", steps.done, task, after, config.run.samples))
         with run.phase_timer("save"):

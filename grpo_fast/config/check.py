@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from grpo_fast.config.check_engine import check_engine
 from grpo_fast.config.rules import (
     FieldError,
     Rule,
@@ -45,6 +46,9 @@ _RANGES: dict[str, Rule] = {
     "rollout.refill": between(0, 100),
     "rollout.rest": at_least(0),
     "engine.retries": at_least(0),
+    "engine.timeout_s": above(0),
+    "engine.start_timeout_s": above(0),
+    "engine.gpu_memory_utilization": between(0, 1, low_open=True),
     "engine.max_mismatch": at_least(0),
     "memory.limit_gib": at_least(0),
     "advantage.std_floor": at_least(0),
@@ -95,6 +99,7 @@ def check(config: TrainConfig) -> None:
     check_common(config)
     _check_names(config)
     _check_rewards(config)
+    check_engine(config.engine)
     _check_together(config)
 
 

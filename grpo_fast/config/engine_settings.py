@@ -14,6 +14,8 @@ class EngineSettings:
     """local: in this process, on the very weights that are trained; vllm: a vLLM server."""
     retries: int = 2
     """Times a rollout that fails (engine gone, completions missing, stale weights, NaN) is tried again."""
+    sleep: bool = False
+    """The engine gives its GPU memory (cache, graphs, a server's weights) back while the policy is trained."""
     max_mismatch: float = 0.1
     """KL divergence (k3 estimate) between the engine's and the trainer's log-probs that stops the run; 0: none does."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
@@ -24,6 +26,26 @@ class EngineSettings:
     """local, with LoRA: adapters are added to the weights while generating; kept copies restore these to the bit."""
     merge_copies: Literal["device", "host"] = "device"
     """Where those copies of the adapted layers' weights are; host: no device memory, but two transfers a rollout."""
+    url: str = ""
+    """vllm: a server that is running, http://127.0.0.1:8000; empty: engine.executable is started."""
+    executable: str = ""
+    """vllm: the vllm program of an environment of its own; it is started, and stopped at the end of the run."""
+    options: tuple[str, ...] = ()
+    """vllm: further arguments of the program that is started, each NAME=VALUE or NAME of its flags, without dashes."""
+    devices: str = ""
+    """vllm: GPUs of the server that is started, by number (1,2); empty: it shares the policy's."""
+    transfer: Literal["auto", "ipc", "nccl"] = "auto"
+    """vllm: weights are handed over inside one GPU (ipc) or between GPUs (nccl); auto: ipc where the GPU is shared."""
+    timeout_s: float = 600.0
+    """vllm: seconds without a finished group after which a rollout has failed, and longest time of a hand-over."""
+    start_timeout_s: float = 900.0
+    """vllm: seconds the server that is started may take until it answers."""
+    gpu_memory_utilization: float = 0.4
+    """vllm: share of its GPU the server that is started may use."""
+    allow_remote: bool = False
+    """vllm: let engine.url be another machine; such a server unpickles what it is sent, so its network must be safe."""
+    api_key_env: str = ""
+    """vllm: name of the environment variable that holds the key of engine.url; empty: none is sent."""
 
 
 @dataclass(frozen=True, kw_only=True)

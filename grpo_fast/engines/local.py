@@ -101,6 +101,8 @@ class LocalEngine:
                         on_group(prompt, [run.completion(prompt, s, self.version) for s in range(n)])
                 if on_progress is not None:
                     on_progress(len(run.done), len(prompts) * n, run.tokens)
+        if self.settings.sleep:
+            self.sleep()
         return [run.completion(p, s, self.version) for p in range(len(prompts)) for s in range(n)]
 
     def _merged(self) -> AbstractContextManager[None]:

@@ -18,11 +18,11 @@ class SeparateEngine(LocalEngine):
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
         super().__init__(copy.deepcopy(model).requires_grad_(False), **options)
+        self._trained = model
 
     @torch.no_grad()
     def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy the weights; nothing may be generated meanwhile."""
-        own = dict(self.model.named_parameters())
-        for name, parameter in named_parameters:
-            own[name].copy_(parameter)
-        super().push((), version)
+        """Copy the trained model's weights, adapters as such; nothing may be generated meanwhile."""
+        for own, trained in zip(self.model.parameters(), self._trained.parameters(), strict=True):
+            own.copy_(trained)
+        super().push(named_parameters, version)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,27 +68,34 @@ def quiet_peft() -> Iterator[None]:
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict of the plain model, adapters added to the weights they belong to, on the CPU.
+    """The state dict of the plain model, adapters added to the weights they belong to, on the CPU."""
+    return {name: value.cpu() for name, value in _merged(model, model.state_dict().items())}
 
-    Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training.
-    """
+
+def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the plain model, adapters added to the weights they belong to, one after another
+    where they are; those in training are not changed."""
+    return _merged(model, model.named_parameters())
+
+
+@torch.no_grad()
+def _merged(model: PreTrainedModel, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training."""
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    merged: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    for key, value in named:
+        value = value.detach()
         owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
         if owner is None:
-            merged[key] = value.detach().cpu()
+            yield key, value
             continue
         inner = key[len(owner) + 1 :]
         if not inner.startswith("base_layer."):
             continue
-        value = value.detach()
         if inner == "base_layer.weight":
             layer: Any = adapted[owner]
             for adapter in layer.active_adapters:
                 value = (value.float() + layer.get_delta_weight(adapter).detach().float()).to(value.dtype)
-        merged[f"{owner}.{inner.removeprefix('base_layer.')}"] = value.cpu()
-    return merged
+        yield f"{owner}.{inner.removeprefix('base_layer.')}", value
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
-from grpo_fast.models.lora import LoraSettings, add_lora, merged_state, quiet_peft
+from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, merged_state, quiet_peft
 from grpo_fast.models.self_check import (
     check_causal,
     check_head,
@@ -203,6 +203,10 @@ class Policy(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer updates: all parameters, with LoRA the adapters only."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What a copy of the model elsewhere needs: every parameter under its plain name, with LoRA the merged one."""
+        return merged_parameters(self.model)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The last hidden state of every position that predicts a completion token: (N, H), model dtype."""

@@ -39,7 +39,7 @@ class JudgeClient:
         """Raises `UserError` for an address that cannot work and for a key that is not there."""
         _check_url(url)
         self._url, self._model, self._variable = url.rstrip("/"), model, api_key_env
-        self._key = _read_key(api_key_env)
+        self._key = read_key(api_key_env, "judge.api_key_env")
         self._timeout_s, self._retries = timeout_s, retries
         self._client = httpx2.Client(
             # Nothing is compressed: what is read is what counts against LARGEST_BODY.
@@ -189,14 +189,17 @@ def _check_url(url: str) -> None:
         raise UserError("judge.url must be the base address, without /chat/completions")
 
 
-def _read_key(variable: str) -> str:
-    """The key in an environment variable, "" for none. What may be a key itself is not repeated in an error."""
+def read_key(variable: str, setting: str) -> str:
+    """The key in the environment variable that `setting` names, "" for none.
+
+    UserError where it is not there; what may be a key itself is not repeated.
+    """
     if not variable:
         return ""
     shown = f"= {variable}" if re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) else "(not shown, it may be a key)"
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise UserError(f"judge.api_key_env {shown} must name an environment variable that is set")
+        raise UserError(f"{setting} {shown} must name an environment variable that is set")
     if not re.fullmatch(r"[!-~]+", key):
-        raise UserError(f"judge.api_key_env {shown}: the key must be printable ASCII without spaces")
+        raise UserError(f"{setting} {shown}: the key must be printable ASCII without spaces")
     return key

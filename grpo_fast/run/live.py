@@ -2,13 +2,22 @@
 
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from grpo_fast.run.metrics import RunLogger, peak_memory_gib, read_rows
 from grpo_fast.run.progress import Progress
+
+
+class Closable(Protocol):
+    """Something that must be closed."""
+
+    def close(self) -> None: ...
+
+
+Closed = TypeVar("Closed", bound=Closable)
 
 
 class Stopped(Exception):
@@ -48,6 +57,10 @@ class Run:
 
     def __exit__(self, *exception: Any) -> bool | None:
         return self._stack.__exit__(*exception)
+
+    def closing(self, thing: Closed) -> Closed:
+        """`thing`, which is closed when the run ends, however it ends."""
+        return self._stack.enter_context(closing(thing))
 
     def begin(self, phase: str, steps: int, *, done: int = 0, objectives: Sequence[str] = ()) -> None:
         """Start showing a phase of `steps` steps, `done` of which an earlier process took."""
