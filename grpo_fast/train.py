@@ -7,6 +7,7 @@ with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs
 
 import time
 
+from grpo_fast.budget import TokenBudget
 from grpo_fast.config.command_line import TRAIN, parse
 from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
@@ -14,6 +15,7 @@ from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
 from grpo_fast.data.prompts import PromptSampler
 from grpo_fast.engines.local import LocalEngine
+from grpo_fast.engines.rows import FewerRows
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
@@ -37,7 +39,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     """
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
-    engine = LocalEngine(policy.model, max_rows=config.rollout.max_rows)
+    policy.activations_on_host = config.memory.activations_on_host
+    engine = FewerRows(LocalEngine(policy.model, max_rows=config.rollout.max_rows))
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     optimizer = Optimizer(
@@ -48,7 +51,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         eps=config.optim.eps,
         max_grad_norm=config.optim.max_grad_norm,
         kind=config.optim.optimizer,
+        where=config.memory.optimizer,
     )
+    budget = TokenBudget(config.optim.token_budget)
     sampler = PromptSampler(len(task.prompts), config.rollout.prompts_per_step, config.seed)
     base_seed = config.seed << 32
 
@@ -56,6 +61,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         task.scorer.names, task.scorer.weights, config.reward.floors, lr=config.reward.floor_lr
     )
     first = restore(run.path, policy.model, optimizer, multipliers.state)
+    optimizer.offload()
     watch = Watch([row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first])
     run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)
     for line in task.scorer.doubts():
@@ -99,8 +105,16 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             )
             # push the policy towards what scored better, and hold it near the reference
             with run.phase_timer("update"):
-                metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
+                engine.sleep()
+                optimizer.reload()
+                metrics = update(
+                    policy, optimizer, rollout, config, lr=lr, reference=reference, budget=budget
+                )
+                optimizer.offload()
+                engine.wake()
                 engine.push(policy.model.named_parameters(), step + 1)
+            for message in filter(None, (budget.news(), engine.news())):
+                run.progress.message(message)
             metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
             metrics |= task.scorer.counts()
             metrics |= multipliers.update(task.scorer.used(rollout.scored))

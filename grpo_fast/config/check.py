@@ -160,6 +160,14 @@ def _check_together(config: TrainConfig) -> None:
             "biases the probability ratio: leave it off, or set loss.mismatch to truncate, mask or "
             "sequence_mask",
         )
+    if policy.quantize != "none" and not policy.model:
+        raise FieldError("policy.quantize", "needs policy.model: the miniature is too small for it")
+    if policy.quantize != "none" and not policy.lora_rank:
+        raise FieldError("policy.quantize", "needs policy.lora_rank: weights in 4 bits cannot be trained")
+    if config.memory.optimizer == "host" and optim.optimizer == "adamw8bit":
+        raise FieldError(
+            "memory.optimizer", "host updates on the CPU in float32: take optim.optimizer = adamw with it"
+        )
     low, high = loss.mismatch_low, loss.mismatch_high
     if low is not None and high is not None and low >= high:
         raise FieldError("loss.mismatch_low", f"must be < loss.mismatch_high = {high}, got {low}")

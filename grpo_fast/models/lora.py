@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
+from grpo_fast.models.quantized import dequantised, is_quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,22 +71,28 @@ def quiet_peft() -> Iterator[None]:
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of the plain model, adapters added to the weights they belong to, on the CPU.
 
-    Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training.
+    Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training. Weights in 4
+    bits are brought to the model's dtype, with their adapters in float32 before: rounded once.
     """
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    quantised = {name: module for name, module in model.named_modules() if is_quantised(module)}
     merged: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
+        coded = next((name for name in quantised if key.startswith(f"{name}.weight")), None)
+        if coded is not None and key != f"{coded}.weight":
+            continue  # scales and tables of the codes
+        value = value.detach() if coded is None else dequantised(quantised[coded])
+        dtype = value.dtype if coded is None else model.dtype
         owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
         if owner is None:
-            merged[key] = value.detach().cpu()
+            merged[key] = value.to(dtype).cpu()
             continue
         inner = key[len(owner) + 1 :]
         if not inner.startswith("base_layer."):
             continue
-        value = value.detach()
         if inner == "base_layer.weight":
             layer: Any = adapted[owner]
             for adapter in layer.active_adapters:
-                value = (value.float() + layer.get_delta_weight(adapter).detach().float()).to(value.dtype)
-        merged[f"{owner}.{inner.removeprefix('base_layer.')}"] = value.cpu()
+                value = value.float() + layer.get_delta_weight(adapter).detach().float()
+        merged[f"{owner}.{inner.removeprefix('base_layer.')}"] = value.to(dtype).cpu()
     return merged
