@@ -28,7 +28,7 @@ from grpo_fast.models.activations import activations_on_host
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
 from grpo_fast.models.lora import LoraSettings, add_lora, merged_state, quiet_peft
-from grpo_fast.models.quantized import is_quantised, nf4, unquantised_shell
+from grpo_fast.models.quantized import is_quantised, keep_trainable, nf4, unquantised_shell
 from grpo_fast.models.self_check import check_head, check_packing, packed_hidden_states
 from grpo_fast.packing import PackedBatch
 
@@ -125,6 +125,7 @@ class Policy(nn.Module):
             device=pretrained.as_device(device),
             quantization=nf4(pretrained.as_dtype(dtype)) if quantize == "nf4" else None,
         )
+        keep_trainable(model)
         if not saved.adapter:
             return cls.from_model(
                 model,

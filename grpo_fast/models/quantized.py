@@ -24,6 +24,16 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def keep_trainable(model: nn.Module) -> None:
+    """On a CPU with AVX512-BF16 `bitsandbytes` repacks a layer for good at its first pass in evaluation mode.
+
+    The repacked layer has no backward pass; as rollouts and updates take turns here, it must stay as it is.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer holds 4-bit codes."""
     return hasattr(getattr(module, "weight", None), "quant_state")
