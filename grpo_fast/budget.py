@@ -44,6 +44,7 @@ class TokenBudget:
             if undo is not None:
                 undo()
             if torch.cuda.is_available():
+                torch.cuda.synchronize()  # copies that were under way end before their memory is given to others
                 torch.cuda.empty_cache()
             self._shrink(batches)
             batches = batches_of(self.tokens)

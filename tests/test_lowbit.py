@@ -89,6 +89,9 @@ def test_a_checkpoint_goes_on_to_the_same_weights(tmp_path, dtype, where):
     for index, values in state["inner"]["state"].items():
         for name, value in values.items():
             assert torch.equal(again[index][name], value), (index, name)
+    for values in second.inner.state.values():
+        for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            assert getattr(values[name], "signed", signed) is signed  # biases are not quantised
     found = trained(resumed, second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 

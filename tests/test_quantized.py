@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grpo_fast.engines.base import Sampling
@@ -84,6 +85,8 @@ def test_the_merged_model_is_a_plain_one_with_the_same_logits(saved, tmp_path, d
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     merged, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in written.values()} == {policy.model.dtype}
     assert merged.dtype == policy.model.dtype and type(merged.lm_head) is torch.nn.Linear
     assert not any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in merged.modules())
     with torch.no_grad():

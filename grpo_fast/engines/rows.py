@@ -63,7 +63,8 @@ class FewerRows:
         if rows < 1:
             raise UserError(
                 "out of memory while generating one completion at a time: shorten completions "
-                "(rollout.max_new_tokens) and prompts, or make room (memory.optimizer while_training, policy.quantize nf4)"
+                "(rollout.max_new_tokens) and prompts, or make room (memory.optimizer while_training, "
+                "policy.quantize nf4)"
             )
         self.engine.sleep()
         self.engine.max_rows = rows

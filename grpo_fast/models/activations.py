@@ -79,11 +79,11 @@ class _Mover:
             return tensor
         dense = _is_dense(tensor)
         stride = tensor.stride() if dense else torch.empty(tensor.shape, device="meta").stride()
-        owner = StorageWeakRef(storage)
+        owner = StorageWeakRef(storage)  # while it is kept, no other storage gets its number
         where = () if dense else (tensor.shape, tensor.stride())
         key = (owner.cdata, tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version, *where)
         found = self._known.get(key)
-        if found is not None and not found[0].expired():  # else that memory has another owner now
+        if found is not None:
             stretch = found[1]
         else:
             flat = tensor.detach()
