@@ -1,12 +1,14 @@
 """One GRPO update: pack the sequences with signal, add up micro-batch gradients, step the optimizer."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 from grpo_kernels import LossConfig
 from torch import Tensor
 
+from grpo_fast.budget import TokenBudget
 from grpo_fast.config.resolve import constant_normalizer, loss_config
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
@@ -24,6 +26,7 @@ def update(
     *,
     lr: float,
     reference: Policy | None = None,
+    budget: TokenBudget | None = None,
 ) -> dict[str, float]:
     """Take `updates_per_rollout` × `minibatches` optimizer steps on one rollout and return the metrics.
 
@@ -31,56 +34,87 @@ def update(
     does not depend on how `token_budget` splits it. With one optimizer step the old policy is the current one and
     costs no extra pass; with more, its log-probs are computed before the first. `reference` is the frozen copy
     for the KL term (None: the LoRA adapter is switched off instead, or there is no KL term).
+
+    Where a micro-batch does not fit into the device's memory, its optimizer step is redone in smaller ones;
+    `budget` remembers that from step to step (None: `optim.token_budget`, and nothing is remembered).
     """
     loss = loss_config(config)
+    budget = budget or TokenBudget(config.optim.token_budget)
+    retries = budget.retries
     several = config.optim.updates_per_rollout * config.optim.minibatches > 1
+    known: dict[str, list[Tensor]] = {}
     parts = []
     for sequences in split_by_prompt(rollout, config.optim.minibatches):
         kept = with_signal(rollout, sequences, loss, mask_truncated=config.loss.mask_truncated)
-        batches = packed(rollout, kept, config.optim.token_budget, policy)
-        known = [known_logprobs(policy, reference, batch, loss, config, old=several) for batch in batches]
-        parts.append(
-            (list(zip(batches, known, strict=True)), step_normalizer(rollout, sequences, loss, config))
-        )
+        batches_of = partial(packed, rollout, kept, policy=policy)
+        if kept and (several or loss.kl_coef != 0):
+            look_up = partial(look_up_logprobs, known, policy, reference, loss, config, old=several)
+            budget.run(batches_of, look_up)
+        parts.append((kept, batches_of, step_normalizer(rollout, sequences, loss, config)))
 
-    advantages = rollout.advantages.to(policy.device)
-    sampled_logprobs = [completion.logprobs for completion in rollout.completions]
+    known["rollout_logprobs"] = [completion.logprobs for completion in rollout.completions]
     losses: list[Tensor] = []
     batch_metrics: list[dict[str, Tensor]] = []
     norms: list[float] = []
     skipped = 0
     policy.train()
     for _ in range(config.optim.updates_per_rollout):
-        for batches, normalizer in parts:
-            if not batches:
+        for kept, batches_of, normalizer in parts:
+            if not kept:
                 continue
-            this_step = len(batch_metrics)
-            for batch, known in batches:
-                step_loss, metrics = policy(
-                    batch,
-                    advantages[batch.sequence_index],
-                    loss,
-                    rollout_logprobs=batch.gather(sampled_logprobs).to(policy.device),
-                    normalizer=normalizer,
-                    temperature=config.rollout.temperature,
-                    backend=config.policy.backend,
-                    **known,
-                )
-                step_loss.backward()
-                losses.append(step_loss.detach())
-                batch_metrics.append(metrics)
-            check_mismatch(batch_metrics[this_step:], config.engine.max_mismatch)
-            norm, taken = optimizer.step(lr)
+            add_up = partial(
+                add_up_gradients, policy, rollout.advantages, known, loss, config, normalizer=normalizer
+            )
+            step_losses, step_metrics = budget.run(batches_of, add_up, undo=optimizer.discard)
+            losses += step_losses
+            batch_metrics += step_metrics
+            check_mismatch(step_metrics, config.engine.max_mismatch)
+            try:
+                norm, taken = optimizer.step(lr)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    "out of memory in the optimizer's step: keep its states elsewhere (memory.optimizer host) or make "
+                    "them smaller (optim.optimizer adamw8bit or adafactor, policy.lora_rank)"
+                ) from error
             norms.append(norm)
             skipped += not taken
-    trained = sum(len(batch.sequence_index) for batches, _ in parts for batch, _ in batches)
     return {
         "lr": lr,
-        "skipped_sequences": len(rollout.completions) - trained,
+        "skipped_sequences": len(rollout.completions) - sum(len(kept) for kept, *_ in parts),
         "skipped_updates": skipped,
+        "oom_retries": budget.retries - retries,
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
         **token_weighted(losses, batch_metrics),
     }
+
+
+def add_up_gradients(
+    policy: Policy,
+    advantages: Tensor,  # (S,)
+    known: dict[str, list[Tensor]],  # log-probs of each of the S sequences
+    loss: LossConfig,
+    config: TrainConfig,
+    batches: list[PackedBatch],
+    *,
+    normalizer: float,
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Forward and backward of every micro-batch of one optimizer step; the losses and metrics of each."""
+    advantages = advantages.to(policy.device)
+    losses, batch_metrics = [], []
+    for batch in batches:
+        step_loss, metrics = policy(
+            batch,
+            advantages[batch.sequence_index],
+            loss,
+            normalizer=normalizer,
+            temperature=config.rollout.temperature,
+            backend=config.policy.backend,
+            **{name: batch.gather(logprobs) for name, logprobs in known.items()},
+        )
+        step_loss.backward()
+        losses.append(step_loss.detach())
+        batch_metrics.append(metrics)
+    return losses, batch_metrics
 
 
 def split_by_prompt(rollout: Rollout, minibatches: int) -> list[list[int]]:
@@ -111,7 +145,7 @@ def with_signal(
     ]
 
 
-def packed(rollout: Rollout, kept: list[int], token_budget: int, policy: Policy) -> list[PackedBatch]:
+def packed(rollout: Rollout, kept: list[int], token_budget: int, *, policy: Policy) -> list[PackedBatch]:
     """Micro-batches of the sequences `kept`; their `sequence_index` counts within the whole rollout."""
     if not kept:
         return []
@@ -139,26 +173,36 @@ def step_normalizer(rollout: Rollout, sequences: list[int], loss: LossConfig, co
     )
 
 
-def known_logprobs(
+def look_up_logprobs(
+    known: dict[str, list[Tensor]],
     policy: Policy,
     reference: Policy | None,
-    batch: PackedBatch,
     loss: LossConfig,
     config: TrainConfig,
+    batches: list[PackedBatch],
     *,
     old: bool,
-) -> dict[str, Tensor]:
-    """Log-probs (N,) float32 of the old and of the reference policy, where the loss needs them."""
-    known: dict[str, Tensor] = {}
+) -> None:
+    """Put into `known` the log-probs (float32) of the old and of the reference policy, where the loss needs them.
+
+    One tensor a sequence of the rollout, so that they serve however the sequences are packed later.
+    """
     temperature = config.rollout.temperature
-    if old:
-        known["old_logprobs"] = policy.logprobs(batch, temperature=temperature)[0]
-    if loss.kl_coef != 0:
-        scorer = policy if reference is None else reference
-        known["ref_logprobs"] = scorer.logprobs(batch, temperature=temperature, reference=reference is None)[
-            0
-        ]
-    return known
+    scorer = policy if reference is None else reference
+    for batch in batches:
+        found: dict[str, Tensor] = {}
+        if old:
+            found["old_logprobs"] = policy.logprobs(batch, temperature=temperature)[0]
+        if loss.kl_coef != 0:
+            found["ref_logprobs"] = scorer.logprobs(
+                batch, temperature=temperature, reference=reference is None
+            )[0]
+        lengths = batch.cu_seqlens.diff().tolist()
+        for name, logprobs in found.items():
+            rows = known.setdefault(name, [])
+            for index, values in zip(batch.sequence_index.tolist(), logprobs.split(lengths), strict=True):
+                rows.extend([values[:0]] * (index + 1 - len(rows)))
+                rows[index] = values
 
 
 def check_mismatch(batches: list[dict[str, Tensor]], limit: float) -> None:

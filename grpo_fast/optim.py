@@ -1,13 +1,19 @@
 """One optimizer step: float32 master weights, clipping, the learning-rate schedule, non-finite steps skipped."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from grpo_fast import lowbit
+from grpo_fast.host import GradientPort, HostRoom, publish
+
 Schedule = Literal["constant", "cosine", "linear"]
+Kind = Literal["adamw", "adamw8bit", "adafactor"]
+Where = Literal["device", "while_training", "host"]
 
 
 def learning_rate(step: int, *, lr: float, warmup_steps: int, total_steps: int, schedule: Schedule) -> float:
@@ -24,12 +30,17 @@ def learning_rate(step: int, *, lr: float, warmup_steps: int, total_steps: int, 
 
 
 class Optimizer:
-    """AdamW or Adafactor on float32 master weights.
+    """AdamW, AdamW with 8-bit states, or Adafactor, on float32 master weights.
 
     float32 parameters are their own masters. A parameter of a narrower dtype gets a float32 copy, and its
     gradients are added up in float32 as each backward pass delivers them (the narrow gradient is freed at once),
     so that a gradient does not depend on the number of micro-batches by more than one rounding each.
     `max_grad_norm` 0 clips nothing.
+
+    `where` says where masters and states live. `while_training`: on the parameters' device between `reload` and
+    `offload`, else on the host. `host`: always there, the update runs there, and every parameter has a master; a
+    step then moves each gradient out once a micro-batch and each weight in once, in the parameter's dtype (bfloat16:
+    2 · parameters · (micro-batches + 1) bytes), and the device holds neither masters nor states nor summed gradients.
     """
 
     def __init__(
@@ -41,12 +52,16 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_grad_norm: float = 1.0,
-        kind: Literal["adamw", "adafactor"] = "adamw",
+        kind: Kind = "adamw",
+        where: Where = "device",
     ):
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else self._master(p) for p in self.parameters]
+        self._where: Where = where
+        self._port, self._room = GradientPort(), HostRoom()
+        self.masters = [self._master(p) for p in self.parameters]
         self.max_grad_norm = max_grad_norm or math.inf
         self.skipped_steps = 0
+        self._lowbit = kind == "adamw8bit"
         groups = [
             {"params": [m for m in self.masters if m.ndim >= 2], "weight_decay": weight_decay},
             {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},  # norms and biases
@@ -56,18 +71,26 @@ class Optimizer:
             self.inner: torch.optim.Optimizer = torch.optim.Adafactor(
                 groups, lr=lr, weight_decay=weight_decay
             )
+        elif kind == "adamw8bit":
+            self.inner = lowbit.adamw8bit(groups, lr=lr, betas=betas, eps=eps)
         else:
             self.inner = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
-    @staticmethod
-    def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        master = torch.nn.Parameter(parameter.detach().float())
+    def _master(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        on_host = self._where == "host"
+        if parameter.dtype == torch.float32 and not on_host:
+            return parameter
+        device = torch.device("cpu") if on_host else parameter.device
+        master = torch.nn.Parameter(parameter.detach().to(device, torch.float32, copy=True))
 
         def collect(p: Tensor) -> None:
             if p.grad is None:
                 return
-            gradient = p.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            if on_host:
+                self._port.send(p.grad, master)
+            else:
+                gradient = p.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             p.grad = None
 
         parameter.register_post_accumulate_grad_hook(collect)
@@ -79,35 +102,80 @@ class Optimizer:
         Returns the gradient's norm before clipping, and whether the step was taken: a non-finite gradient changes
         nothing and is counted in `skipped_steps`.
         """
+        self.reload()
+        self._port.finish()
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
         taken = math.isfinite(norm)
         if taken:
             for group in self.inner.param_groups:
-                group["lr"] = lr
-            self.inner.step()
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+            with lowbit.stepping(self.masters[0]) if self._lowbit else nullcontext():
+                self.inner.step()
             self._publish()
         else:
             self.skipped_steps += 1
         self.inner.zero_grad(set_to_none=True)
         return norm, taken
 
+    def discard(self) -> None:
+        """Forget the gradients added up since the last step."""
+        self._port.finish()
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.inner.zero_grad(set_to_none=True)
+
+    def offload(self) -> None:
+        """Leave the device to others until `reload`, with `where="while_training"`; gradients stay."""
+        if self._where == "while_training":
+            self._room.park(self._movable())
+
+    def reload(self) -> None:
+        """Undo `offload`; without one before it, nothing happens."""
+        self._room.bring_back()
+
+    def _movable(self) -> Iterator[Tensor]:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                yield master
+        for state in self.inner.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.ndim:  # step counters stay
+                    yield from lowbit.parts(value)
+
     @torch.no_grad()
     def _publish(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master:
-                parameter.copy_(master)
+                publish(master, parameter)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state; float32 masters of narrower parameters under `masters`."""
+        """The inner optimizer's state; float32 masters of narrower parameters under `masters`.
+
+        Plain tensors only. While it is offloaded they are those on the host: the device is not touched.
+        """
         pairs = zip(self.parameters, self.masters, strict=True)
-        masters = {str(i): m.detach() for i, (p, m) in enumerate(pairs) if p is not m}
-        return {"inner": self.inner.state_dict(), "masters": masters, "skipped_steps": self.skipped_steps}
+        masters = {str(i): self._room.contents(m).detach() for i, (p, m) in enumerate(pairs) if p is not m}
+        inner = lowbit.plain_states(self.inner.state_dict())
+        for values in inner["state"].values():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    values[name] = self._room.contents(value)
+        return {"inner": inner, "masters": masters, "skipped_steps": self.skipped_steps}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`; parameters are set from their masters."""
-        self.inner.load_state_dict(state["inner"])
+        """The reverse of `state_dict`; parameters are set from their masters.
+
+        A state saved with another `where` fits: a master it does not have is the parameter as it is.
+        """
+        self.reload()
+        self.inner.load_state_dict(
+            lowbit.quantised_states(state["inner"]) if self._lowbit else state["inner"]
+        )
         self.skipped_steps = int(state["skipped_steps"])
-        for index, master in state["masters"].items():
-            self.masters[int(index)].copy_(master)
+        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            master.copy_(state["masters"].get(str(index), parameter))
         self._publish()

@@ -55,7 +55,7 @@ def _memory(config: TrainConfig, policy: PreTrainedConfig, rewards: list[PreTrai
         rollout_tokens=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         reward_models=rewards,
         reward_dtype=dtype,
-        optimizer=config.optim.optimizer,
+        optimizer="adafactor" if config.optim.optimizer == "adafactor" else "adamw",
     )
 
 

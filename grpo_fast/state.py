@@ -86,7 +86,7 @@ def restore(run_dir: Path, model: nn.Module, optimizer: Optimizer, carried: Carr
     path = checkpoint.latest(run_dir)
     if path is None:
         return 0
-    groups, state = checkpoint.load(path, next(model.parameters()).device)
+    groups, state = checkpoint.load(path)  # on the host: on the device it may not fit beside what it replaces
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in own.items():
         saved = groups["model"].get(name)

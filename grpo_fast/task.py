@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from grpo_fast.attention.backends import check_choice
-from grpo_fast.config.resolve import check_paths, loss_config, resolve_device, resolve_dtype
+from grpo_fast.config.resolve import check_packages, check_paths, loss_config, resolve_device, resolve_dtype
 from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.engines.base import Sampling
@@ -67,6 +67,7 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
     is wrong; no model has been loaded by then.
     """
     check_choice(config.policy.attention, resolve_device(config))
+    check_packages(config)
     loss_config(config)
     check_paths(config)
     check_engine(config)
@@ -146,6 +147,7 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
         lora=lora_settings(config),
         gradient_checkpointing=config.policy.gradient_checkpointing,
         liger=config.policy.liger,
+        quantize=config.policy.quantize,
     )
     policy.self_check()
     return Task(

@@ -8,6 +8,7 @@ with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs
 import time
 
 from grpo_fast.attention.backends import use
+from grpo_fast.budget import TokenBudget
 from grpo_fast.config.command_line import TRAIN, parse
 from grpo_fast.config.resolve import loss_config, run_path
 from grpo_fast.config.settings import TrainConfig
@@ -49,6 +50,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
     engine = run.closing(engine_of(config, policy, run.path, task.decode))
+    policy.activations_on_host = config.memory.activations_on_host
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     optimizer = Optimizer(
@@ -59,7 +61,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         eps=config.optim.eps,
         max_grad_norm=config.optim.max_grad_norm,
         kind=config.optim.optimizer,
+        where=config.memory.optimizer,
     )
+    budget = TokenBudget(config.optim.token_budget)
     base_seed = config.seed << 32
 
     multipliers = Multipliers(
@@ -68,6 +72,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     carried = {"multipliers": multipliers.state, "prompts": {}}
     first = restore(run.path, policy.model, optimizer, carried)
     queue = PromptQueue(len(task.prompts), config.seed, rest=config.rollout.rest, state=carried["prompts"])
+    optimizer.offload()
     watch = Watch([row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first])
     run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)
     for line in task.scorer.doubts():
@@ -100,7 +105,13 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             )
             # push the policy towards what scored better, and hold it near the reference
             with run.phase_timer("update"):
-                metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
+                optimizer.reload()
+                metrics = update(
+                    policy, optimizer, rollout, config, lr=lr, reference=reference, budget=budget
+                )
+                optimizer.offload()
+            for message in filter(None, (budget.news(), engine.news())):
+                run.progress.message(message)
             metrics |= pipeline.metrics | rollout_metrics(
                 rollout, task.scorer.names, config.rollout.group_size
             )

@@ -114,8 +114,11 @@ def test_dry_run_and_resume(tmp_path: Path):
         assert refused(["--resume", run, flag, "1"]).startswith(
             f"{flag.replace('-dir', '_dir')} cannot be given with --resume"
         )
-    changed = parse(["--resume", run, "--run.steps", "9", "--device", "cpu"]).config
+    changed = parse(
+        ["--resume", run, "--run.steps", "9", "--device", "cpu", "--memory.optimizer", "host"]
+    ).config
     assert (changed.seed, changed.run.steps, changed.device) == (3, 9, "cpu")
+    assert changed.memory.optimizer == "host"
 
 
 def test_lines_of_nested_and_dotted_keys(tmp_path: Path):
@@ -130,6 +133,9 @@ def test_a_given_model_changes_the_defaults_that_would_harm_it():
     full, lora = parse(argv).config, parse([*argv, "--policy.lora-rank", "8"]).config
     assert (full.optim.lr, lora.optim.lr, full.rollout.max_new_tokens) == (1e-6, 1e-5, 256)
     assert parse([*argv, "--optim.lr", "2e-6"]).config.optim.lr == 2e-6
+
+
+OWN_MODEL = ["--policy.model", "m", "--data.prompts", "p", "--reward.functions", "m:f"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +176,10 @@ def test_a_given_model_changes_the_defaults_that_would_harm_it():
         (["--policy.model", "m", "--reward.model", "r"], "data.prompts must be given with policy.model"),
         (["--policy.model", "m", "--data.prompts", "p"], "reward needs reward.model, reward.functions or judge.url"),
         (["--data.prompts", "p"], "data.prompts needs policy.model: the miniature cannot read"),
+        (["--policy.quantize", "nf4"], "policy.quantize needs policy.model"),
+        ([*OWN_MODEL, "--policy.quantize", "nf4"], "policy.quantize needs policy.lora_rank: weights in 4 bits"),
+        (["--memory.optimizer", "host", "--optim.optimizer", "adamw8bit"], "memory.optimizer host updates on the CPU"),
+        (["--memory.optimizer", "cpu"], "memory.optimizer must be one of device, while_training, host"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_flag_is_one_line(argv: list[str], message: str):

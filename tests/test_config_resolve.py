@@ -13,6 +13,7 @@ from grpo_fast.config.command_line import parse
 from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.config.resolve import (
     advantage_choice,
+    check_packages,
     check_paths,
     constant_normalizer,
     loss_config,
@@ -21,7 +22,16 @@ from grpo_fast.config.resolve import (
     run_path,
 )
 from grpo_fast.config.rules import FieldError
-from grpo_fast.config.settings import AdvantageSettings, LossSettings, PolicySettings, TrainConfig
+from grpo_fast.config.settings import (
+    AdvantageSettings,
+    DataSettings,
+    LossSettings,
+    MemorySettings,
+    OptimSettings,
+    PolicySettings,
+    RewardSettings,
+    TrainConfig,
+)
 from grpo_fast.errors import UserError
 
 
@@ -117,3 +127,30 @@ def test_model_folders_are_looked_at_before_loading(tmp_path: Path):
     check_paths(config(str(tmp_path), str(tmp_path)))
     with pytest.raises(FieldError, match="got the file"):
         check_paths(config(str(tmp_path / "config.json")))
+
+
+@pytest.mark.parametrize(
+    "memory", [{"optimizer": "host"}, {"optimizer": "while_training"}, {"activations_on_host": True}]
+)
+def test_moving_to_the_host_needs_another_device(memory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        FieldError, match=rf"^memory.{next(iter(memory))} needs a CUDA device: the run is on cpu"
+    ):
+        resolve_device(TrainConfig(memory=MemorySettings(**memory)))
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo_fast.config.resolve.find_spec", lambda name: None)
+    check_packages(TrainConfig())
+    eight = TrainConfig(optim=OptimSettings(optimizer="adamw8bit"))
+    with pytest.raises(
+        FieldError, match=r"^optim.optimizer adamw8bit needs the package torchao: .*\[lowbit\]"
+    ):
+        check_packages(eight)
+    four = PolicySettings(model="x", quantize="nf4", lora_rank=8)
+    data, reward = DataSettings(prompts="x.jsonl"), RewardSettings(functions=("a:b",))
+    with pytest.raises(FieldError, match=r"^policy.quantize nf4 needs the package bitsandbytes"):
+        check_packages(TrainConfig(policy=four, data=data, reward=reward))
+    monkeypatch.setattr("grpo_fast.config.resolve.find_spec", lambda name: object())
+    check_packages(eight)

@@ -1,4 +1,4 @@
-"""The optimizer step: float32 masters, clipping, schedules, non-finite gradients."""
+"""The optimizer step: float32 masters, clipping, schedules, non-finite gradients, states on the host."""
 
 import copy
 import math
@@ -94,3 +94,102 @@ def test_state_dict_restores_the_next_step_exactly(dtype):
     second.load_state_dict(state)
     take(resumed, second, 2)
     assert torch.equal(straight.detach(), resumed.detach())
+
+
+def layers(dtype: torch.dtype) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).to(dtype)
+
+
+def trained(
+    model: torch.nn.Module, optimizer: Optimizer, steps: int, *, offload: bool = False, first: int = 0
+):
+    """`steps` steps of two micro-batches each, between which nothing may change."""
+    for step in range(first, first + steps):
+        draw = torch.Generator().manual_seed(step)
+        optimizer.reload()
+        for _ in range(2):
+            inputs = torch.randn(16, 6, generator=draw).to(next(model.parameters()).dtype)
+            model(inputs).float().square().sum().backward()
+        optimizer.step(0.01)
+        if offload:
+            optimizer.offload()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["while_training", "host"])
+def test_where_the_states_live_changes_no_bit(where, dtype, kind):
+    plain, moved = layers(dtype), layers(dtype)
+    wanted = trained(plain, Optimizer(plain.parameters(), lr=0.01, kind=kind), 4)
+    optimizer = Optimizer(moved.parameters(), lr=0.01, kind=kind, where=where)
+    found = trained(moved, optimizer, 4, offload=True)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    assert all(p.grad is None for p in moved.parameters())
+
+
+def test_an_offloaded_optimizer_holds_no_memory_of_its_device():
+    model = layers(torch.bfloat16)
+    optimizer = Optimizer(model.parameters(), lr=0.01, where="while_training")
+    trained(model, optimizer, 2)
+    held = [
+        *optimizer.masters,
+        *(s[name] for s in optimizer.inner.state.values() for name in ("exp_avg", "exp_avg_sq")),
+    ]
+    before, saved = [t.detach().clone() for t in held], copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        optimizer.offload()
+        assert all(t.untyped_storage().nbytes() == 0 for t in held)
+    away = optimizer.state_dict()  # read from the host: the device gets nothing back for it
+    assert all(t.untyped_storage().nbytes() == 0 for t in held)
+    for index, master in saved["masters"].items():
+        assert torch.equal(away["masters"][index], master)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(
+                away["inner"]["state"][int(index)][name], saved["inner"]["state"][int(index)][name]
+            )
+    optimizer.reload()
+    assert all(torch.equal(a, b) for a, b in zip(before, held, strict=True))
+
+
+def test_offload_is_for_those_that_ask_for_it():
+    model = layers(torch.bfloat16)
+    optimizer = Optimizer(model.parameters(), lr=0.01)
+    optimizer.offload()
+    assert all(m.untyped_storage().nbytes() > 0 for m in optimizer.masters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("before", "after"), [("device", "host"), ("host", "device"), ("while_training", "host")]
+)
+def test_a_saved_state_goes_on_wherever_it_lives_next(dtype, before, after):
+    straight = layers(dtype)
+    wanted = trained(straight, Optimizer(straight.parameters(), lr=0.01), 5)
+    first = layers(dtype)
+    optimizer = Optimizer(first.parameters(), lr=0.01, where=before)
+    weights = trained(first, optimizer, 3, offload=True)
+    resumed = layers(dtype)
+    second = Optimizer(resumed.parameters(), lr=0.01, where=after)
+    with torch.no_grad():
+        for parameter, weight in zip(resumed.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = trained(resumed, second, 2, first=3)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_discarded_gradients_leave_no_trace(dtype, where):
+    clean, dirty = layers(dtype), layers(dtype)
+    wanted = trained(clean, Optimizer(clean.parameters(), lr=0.01), 2)
+    optimizer = Optimizer(dirty.parameters(), lr=0.01, where=where)
+    (dirty(torch.ones(4, 6, dtype=dtype)).sum() * 100).backward()
+    next(dirty.parameters()).grad = torch.ones(
+        8, 6, dtype=dtype
+    )  # left where memory ran out in the hook itself
+    optimizer.discard()
+    found = trained(dirty, optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))

@@ -188,6 +188,19 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.engine.merge_lora and not policy.lora_rank:
         raise FieldError("engine.merge_lora", "needs policy.lora_rank: there is no adapter to merge")
+    if policy.quantize != "none" and not policy.model:
+        raise FieldError("policy.quantize", "needs policy.model: the miniature is too small for it")
+    if policy.quantize != "none" and not policy.lora_rank:
+        raise FieldError("policy.quantize", "needs policy.lora_rank: weights in 4 bits cannot be trained")
+    if rollout.ahead and config.memory.optimizer == "while_training":
+        raise FieldError(
+            "memory.optimizer",
+            "while_training makes room for generation, which rollout.ahead runs beside training",
+        )
+    if config.memory.optimizer == "host" and optim.optimizer == "adamw8bit":
+        raise FieldError(
+            "memory.optimizer", "host updates on the CPU in float32: take optim.optimizer = adamw with it"
+        )
     low, high = loss.mismatch_low, loss.mismatch_high
     if low is not None and high is not None and low >= high:
         raise FieldError("loss.mismatch_low", f"must be < loss.mismatch_high = {high}, got {low}")

@@ -124,6 +124,7 @@ TRAIN: Command[TrainConfig] = Command(
         "optim.token_budget",
         "policy.backend",
         "policy.liger",
+        "memory.",
     ),
     adapt=_adapt_train,
 )

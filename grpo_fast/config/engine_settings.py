@@ -54,3 +54,7 @@ class MemorySettings:
 
     limit_gib: float = 0.0
     """Memory the run may take on its device, in GiB: budget, checkpointing and rows are chosen to fit; 0: as given."""
+    optimizer: Literal["device", "while_training", "host"] = "device"
+    """Masters and optimizer states: on the device, there only while it trains, or on the host, which then updates."""
+    activations_on_host: bool = False
+    """What the policy's body saves for its backward pass waits on the host (with checkpointing: the layers' inputs)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -76,11 +77,29 @@ def resolve_device(config: TrainConfig) -> torch.device:
         raise FieldError(
             "engine.cuda_graphs", f"needs a CUDA device, the run is on {device.type}; use auto or off"
         )
+    for name, on in (
+        ("optimizer", config.memory.optimizer != "device"),
+        ("activations_on_host", config.memory.activations_on_host),
+    ):
+        if on and device.type != "cuda":
+            raise FieldError(
+                f"memory.{name}", f"needs a CUDA device: the run is on {device.type}, in the host's memory"
+            )
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     backend = config.policy.backend
     if backend in ("triton", "fused") and device.type != "cuda" and not interpreted:
         raise FieldError("policy.backend", f"{backend} needs a CUDA device; use auto or torch")
     return device
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Raises `FieldError` for a setting whose package is not installed; the packages are not imported."""
+    for name, value, package in (
+        ("optim.optimizer", config.optim.optimizer == "adamw8bit" and "adamw8bit", "torchao"),
+        ("policy.quantize", config.policy.quantize == "nf4" and "nf4", "bitsandbytes"),
+    ):
+        if value and find_spec(package) is None:
+            raise FieldError(name, f"{value} needs the package {package}: pip install 'grpo-fast[lowbit]'")
 
 
 def resolve_dtype(config: TrainConfig | RewardConfig, device: torch.device) -> torch.dtype:

@@ -57,6 +57,8 @@ class PolicySettings(AdapterSettings):
 
     model: str = ""
     """Folder or hub id of a causal language model; empty: the miniature's own."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the frozen weights under a LoRA adapter in 4 bits (QLoRA), head and embedding excepted; extra lowbit."""
     merge_on_save: bool = False
     """LoRA: save the merged model at the end instead of the adapter alone."""
     liger: bool = False
@@ -245,8 +247,8 @@ class OptimSettings:
 
     lr: float = 2.5e-4
     """Peak learning rate (when policy.model is given and this is not: 1e-6, with LoRA 1e-5)."""
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adamw keeps 8 bytes of state a parameter, adafactor next to none."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """adamw keeps 8 bytes of state a parameter, adamw8bit 2 (extra lowbit), adafactor next to none."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -16,6 +16,7 @@ from grpo_fast.engines.faults import EngineError
 from grpo_fast.engines.guard import Guard
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.engines.plain import PlainEngine
+from grpo_fast.engines.rows import FewerRows
 from grpo_fast.engines.separate import SeparateEngine
 from grpo_fast.engines.stops import Decode
 from grpo_fast.errors import UserError
@@ -38,12 +39,14 @@ def engine_of(config: TrainConfig, policy: Policy, folder: Path, decode: Decode)
         except EngineError as error:
             raise UserError(f"engine: {error}") from None
     else:
-        engine = builtin_engine(
-            policy,
-            max_rows=config.rollout.max_rows,
-            settings=config.engine,
-            decode=decode,
-            separate=config.rollout.ahead,
+        engine = FewerRows(
+            builtin_engine(
+                policy,
+                max_rows=config.rollout.max_rows,
+                settings=config.engine,
+                decode=decode,
+                separate=config.rollout.ahead,
+            )
         )
     return Guard(
         engine,
@@ -60,7 +63,7 @@ def builtin_engine(
     settings: EngineSettings | None = None,
     decode: Decode | None = None,
     separate: bool = False,
-) -> RolloutEngine:
+) -> LocalEngine | PlainEngine:
     """The engine of this process that can serve the policy: on the weights that are trained, or on `separate` ones."""
     sinks = any(name.endswith(".sinks") for name, _ in policy.model.named_parameters())
     if sinks or not policy.packed:  # the decode step knows no attention sinks

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
+from grpo_fast.models.quantized import dequantised, is_quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,21 @@ def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _merged(model: PreTrainedModel, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training."""
+    """Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training.
+
+    Weights in 4 bits are brought to the model's dtype, with their adapters in float32 before: rounded once.
+    """
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    quantised = {name: module for name, module in model.named_modules() if is_quantised(module)}
     for key, value in named:
-        value = value.detach()
+        coded = next((name for name in quantised if key.startswith(f"{name}.weight")), None)
+        if coded is not None and key != f"{coded}.weight":
+            continue  # scales and tables of the codes
+        value = value.detach() if coded is None else dequantised(quantised[coded])
+        dtype = value.dtype if coded is None else model.dtype
         owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
         if owner is None:
-            yield key, value
+            yield key, value.to(dtype)
             continue
         inner = key[len(owner) + 1 :]
         if not inner.startswith("base_layer."):
@@ -94,8 +103,8 @@ def _merged(model: PreTrainedModel, named: Iterable[tuple[str, Tensor]]) -> Iter
         if inner == "base_layer.weight":
             layer: Any = adapted[owner]
             for adapter in layer.active_adapters:
-                value = (value.float() + layer.get_delta_weight(adapter).detach().float()).to(value.dtype)
-        yield f"{owner}.{inner.removeprefix('base_layer.')}", value
+                value = value.float() + layer.get_delta_weight(adapter).detach().float()
+        yield f"{owner}.{inner.removeprefix('base_layer.')}", value.to(dtype)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from grpo_fast.attention.function import ATTENTION_NAME, packing_obstacle
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
+from grpo_fast.models.activations import activations_on_host
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
 from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, merged_state, quiet_peft
+from grpo_fast.models.quantized import is_quantised, keep_trainable, nf4, unquantised_shell
 from grpo_fast.models.self_check import (
     check_causal,
     check_head,
@@ -91,6 +93,7 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.packed = packed
+        self.activations_on_host = False
         self.model = model
         self.tokenizer = tokenizer
         # The same parameters under other names: kept out of nn.Module's registry.
@@ -106,16 +109,22 @@ class Policy(nn.Module):
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         liger: bool = False,
+        quantize: Literal["none", "nf4"] = "none",
     ) -> Policy:
         """A saved model folder, a hub id, or a folder of a saved adapter (then training goes on with it).
 
-        Raises UserError for what `SavedPolicy.read` refuses, for a checkpoint that is incomplete, and for an
-        architecture that cannot be trained.
+        `quantize` puts the base model into 4 bits, which only an adapter can be trained on. Raises UserError for
+        what `SavedPolicy.read` refuses, for a checkpoint that is incomplete, and for an architecture that cannot be
+        trained.
         """
         saved = path if isinstance(path, SavedPolicy) else SavedPolicy.read(path)
         if saved.adapter and lora is not None:
             raise UserError(
                 f"model {saved.path}: holds an adapter already; leave the LoRA settings out to train it on"
+            )
+        if quantize != "none" and lora is None and not saved.adapter:
+            raise UserError(
+                f"model {saved.path}: weights in 4 bits cannot be trained; train an adapter on them"
             )
         model = pretrained.load_model(
             AutoModelForCausalLM,
@@ -124,7 +133,9 @@ class Policy(nn.Module):
             config=saved.config,
             dtype=pretrained.as_dtype(dtype),
             device=pretrained.as_device(device),
+            quantization=nf4(pretrained.as_dtype(dtype)) if quantize == "nf4" else None,
         )
+        keep_trainable(model)
         if not saved.adapter:
             return cls.from_model(
                 model,
@@ -171,6 +182,9 @@ class Policy(nn.Module):
     ) -> Policy:
         if peft_model is not None:
             _refuse_lora_on_head(model)
+            for parameter in model.parameters():
+                if parameter.requires_grad:  # peft makes adapters on 4-bit layers float32
+                    parameter.data = parameter.data.to(model.dtype)
         why = packing_obstacle(model)
         if why is not None:
             run_one_by_one(model, why)
@@ -193,6 +207,10 @@ class Policy(nn.Module):
         return self.peft_model is not None
 
     @property
+    def is_quantised(self) -> bool:
+        return any(is_quantised(module) for module in self.model.modules())
+
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: the generation config's and the tokenizer's end tokens, sorted."""
         generation = getattr(self.model, "generation_config", None)
@@ -209,9 +227,13 @@ class Policy(nn.Module):
         return merged_parameters(self.model)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The last hidden state of every position that predicts a completion token: (N, H), model dtype."""
-        states = hidden_states(self.model, batch, packed=self.packed)
-        return states.index_select(0, batch.hidden_index)
+        """The last hidden state of every position that predicts a completion token: (N, H), model dtype.
+
+        With `activations_on_host` what this saves for the backward pass waits on the host.
+        """
+        with activations_on_host(self.model.parameters()) if self.activations_on_host else nullcontext():
+            states = hidden_states(self.model, batch, packed=self.packed)
+            return states.index_select(0, batch.hidden_index)
 
     def forward(
         self,
@@ -307,7 +329,8 @@ class Policy(nn.Module):
             if self.peft_model is None:
                 self.model.save_pretrained(folder)
             elif merge:
-                self.model.save_pretrained(folder, state_dict=merged_state(self.model))
+                shell = unquantised_shell(self.model) if self.is_quantised else self.model
+                shell.save_pretrained(folder, state_dict=merged_state(self.model))
             else:
                 # False: the base model's embedding is not part of the adapter, and no hub is asked about it
                 self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -231,11 +231,13 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     may_miss: tuple[str, ...] = (),
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """The weights of a saved model with the packed attention switched on where its kind allows it.
 
     Weights that the files lack, or have in another shape, would be drawn at random: refused, except for names that
-    start with one of `may_miss` (a new reward head).
+    start with one of `may_miss` (a new reward head). `quantization` is what `from_pretrained` takes as
+    `quantization_config`; the weights then go to their device one by one, as they are quantised.
     """
     try:
         model_class = auto_class._model_mapping[type(config)]
@@ -244,6 +246,9 @@ def load_model(
             f"{what} {path}: model type {config.model_type} has no {auto_class.__name__}"
         ) from error
     check_architecture(model_class, config, f"{what} {path}")
+    quantised = (
+        {} if quantization is None else {"quantization_config": quantization, "device_map": {"": str(device)}}
+    )
     try:
         model, info = auto_class.from_pretrained(
             str(path),
@@ -252,6 +257,7 @@ def load_model(
             attn_implementation=None if config_obstacle(model_class, config) else ATTENTION_NAME,
             output_loading_info=True,
             ignore_mismatched_sizes=bool(may_miss),
+            **quantised,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -264,7 +270,8 @@ def load_model(
             f"{what} {path}: {len(missing)} weights are not in its files (first: {missing[0]}); "
             "the checkpoint is incomplete or of another kind"
         )
-    model = model.to(device)
+    if quantization is None:
+        model = model.to(device)
     finite = {name: torch.isfinite(weight).all() for name, weight in model.named_parameters()}
     broken = next((name for name, fine in finite.items() if not bool(fine)), None)
     if broken is not None:
