@@ -46,7 +46,7 @@ def update(
     parts = []
     for sequences in split_by_prompt(rollout, config.optim.minibatches):
         kept = with_signal(rollout, sequences, loss, mask_truncated=config.loss.mask_truncated)
-        batches_of = partial(packed, rollout, kept, policy=policy)
+        batches_of = partial(packed, rollout, kept, policy)
         if kept and (several or loss.kl_coef != 0):
             look_up = partial(look_up_logprobs, known, policy, reference, loss, config, old=several)
             budget.run(batches_of, look_up)
@@ -145,7 +145,7 @@ def with_signal(
     ]
 
 
-def packed(rollout: Rollout, kept: list[int], token_budget: int, *, policy: Policy) -> list[PackedBatch]:
+def packed(rollout: Rollout, kept: list[int], policy: Policy, token_budget: int) -> list[PackedBatch]:
     """Micro-batches of the sequences `kept`; their `sequence_index` counts within the whole rollout."""
     if not kept:
         return []

@@ -171,7 +171,7 @@ def test_an_update_makes_good_completions_likelier():
     from grpo_fast.grpo import packed
 
     def logprob(i: int) -> float:
-        (batch,) = packed(data, [i], 8192, model)
+        (batch,) = packed(data, [i], model, 8192)
         return model.logprobs(batch)[0].sum().item()
 
     before = [logprob(i) for i in range(4)]
