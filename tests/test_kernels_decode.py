@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from grpo_fast.attention import paged
 from grpo_fast.attention.paged import FP8, reference
 from tests.paged_cases import exact, random_case
 from tests.test_kernels_compile import MOST_SHARED, measure
@@ -63,6 +64,25 @@ def test_kernel_of_eight_bits(parts: int) -> None:
     torch.testing.assert_close(reference(q, pages, **options).double(), want, atol=1e-5, rtol=1e-5)
     got = paged_attention_triton(q, pages, parts=parts, **options)
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("stored", "windowed", "softcap"),
+    [(torch.float16, False, None), (torch.float16, True, 3.0), (FP8, True, None)],
+)
+def test_the_probe_takes_a_kernel_that_is_right_and_no_other(
+    stored, windowed, softcap, monkeypatch, caplog
+) -> None:
+    from grpo_fast.attention import paged_kernel
+
+    arguments = (torch.device("cpu"), torch.float16, stored, (4, 2, 32, 32), windowed, softcap)
+    probe = paged._kernel_works.__wrapped__
+    assert probe(*arguments) and not caplog.records
+    monkeypatch.setattr(paged_kernel, "paged_attention_triton", lambda q, pages, **_: q * 0.9)
+    assert not probe(*arguments) and "differs from the reference" in caplog.text
+    monkeypatch.setattr(paged_kernel, "paged_attention_triton", lambda q, pages, **_: 1 / 0)
+    assert not probe(*arguments) and "division by zero" in caplog.text
 
 
 @needs_triton

@@ -38,9 +38,12 @@ class GroupCache(DecodePlan):
         self.prompt_values: dict[int, Tensor] = {}
         self.own_keys: dict[int, Tensor] = {}
         self.own_values: dict[int, Tensor] = {}
+        self._widest = 0  # N
+        self._identity: list[int] = []  # what the grid is when every prompt has its one row in order
+        self._grid: list[int] = []  # (P·N,) row at each place
+        self._places: list[int] = []  # (B,) place of each row
+        self._orders: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[int | None, Tensor | None] = {}
-        self._grid: Tensor | None = None
-        self._places: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,14 +89,12 @@ class GroupCache(DecodePlan):
         self._regroup()
 
     def keep(self, count: int, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Moved rows bring the slots in sight along."""
-        if sources:
-            span = slice(min(self.born), self.now + 1)
-            index, into = (torch.tensor(rows, device=self.device) for rows in (sources, targets))
-            for cache in (self.own_keys, self.own_values):
-                for buffer in cache.values():
-                    used = buffer[:, :, span]
-                    used.index_copy_(0, into, used.index_select(0, index))
+        """Moved rows bring the slots they see along."""
+        buffers = [x for cache in (self.own_keys, self.own_values) for x in cache.values()]
+        for source, target in zip(sources, targets, strict=True):
+            span = slice(self.born[source], self.now + 1)
+            for buffer in buffers:
+                buffer[target, :, span] = buffer[source, :, span]
         for source, target in zip(sources, targets, strict=True):
             self.slot_of[target], self.born[target] = self.slot_of[source], self.born[source]
         del self.slot_of[count:], self.born[count:]
@@ -114,29 +115,44 @@ class GroupCache(DecodePlan):
         self._regroup()
 
     def _regroup(self) -> None:
-        """Places of the rows in a rectangle of prompts × rows; none is needed when the rows fill it in order."""
-        self._grid = self._places = None
-        if not self.slot_of:
-            return
+        """Places of the rows in a rectangle of prompts × rows; rows that fill it in part leave holes."""
+        self._orders.clear()
+        self._masks.clear()
         members: list[list[int]] = [[] for _ in self.prompts]
         for row, slot in enumerate(self.slot_of):
             members[slot].append(row)
-        widest = max(map(len, members))
-        grid = [row for rows in members for row in (rows + [0] * widest)[:widest]]
-        if grid == list(range(len(self.slot_of))):
-            return
-        places = [0] * len(self.slot_of)
+        self._widest = max(map(len, members), default=0)
+        self._grid = [row for rows in members for row in (rows + [0] * self._widest)[: self._widest]]
+        self._places = [0] * len(self.slot_of)
+        self._identity = list(range(len(members))) if self._widest == 1 else []
         for slot, rows in enumerate(members):
             for column, row in enumerate(rows):
-                places[row] = slot * widest + column
-        self._grid, self._places = (torch.tensor(index, device=self.device) for index in (grid, places))
+                self._places[row] = slot * self._widest + column
+
+    def _order(self, key_heads: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of the vectors (row, key head) in the order (prompt, key head, row of the prompt), and the way back.
+
+        None and None where that is the order they are in: one row a prompt.
+        """
+        if self._grid == self._identity:
+            return None, None
+        if key_heads not in self._orders:
+            head = torch.arange(key_heads)
+            grid = torch.tensor(self._grid).view(len(self.prompts), 1, -1) * key_heads + head[:, None]
+            places = torch.tensor(self._places)[:, None]
+            slot, column = places // self._widest, places % self._widest
+            back = (slot * key_heads + head) * self._widest + column
+            self._orders[key_heads] = grid.flatten().to(self.device), back.flatten().to(self.device)
+        return self._orders[key_heads]
 
     def begin(self, rows: int, own: Tensor) -> None:
         """The clock goes on by one slot; when it meets the end, what is in sight moves to the front or T grows."""
-        self._masks.clear()
         self.now += 1
         if self.now < self.held:
+            if any(window is not None for window in self._masks):
+                self._masks.clear()  # what a window hides moves with the clock
             return
+        self._masks.clear()
         oldest = min(self.born)
         live = self.now - oldest
         if 2 * live > self.held or not self.held:
@@ -173,54 +189,54 @@ class GroupCache(DecodePlan):
         prompt_keys = self.prompt_keys[layer][: len(self.prompts), :, :shared].float()
         prompt_values = self.prompt_values[layer][: len(self.prompts), :, :shared].float()
 
-        q = query.reshape(rows, key_heads, heads // key_heads, dim).float() * scale
-        with_prompts = self._collected(torch.matmul(self._spread(q), prompt_keys.mT), rows)
-        scores = torch.cat([with_prompts, torch.matmul(q, own_keys.mT)], -1)  # (B, K, G, longest + S)
+        order, back = self._order(key_heads)
+        places = len(self._grid) * key_heads
+        together = (len(self.prompts), key_heads, -1)  # rows of a prompt, each with its G heads
+
+        q = query.reshape(rows * key_heads, -1).float() * scale
+        spread = _picked(q, order).view(*together, dim)  # (P, K, N·G, D)
+        q = q.view(rows, key_heads, -1, dim)
+        scores = _picked(torch.matmul(spread, prompt_keys.mT).view(places, -1), back)
+        scores = torch.cat([scores.view(rows, key_heads, -1, shared), torch.matmul(q, own_keys.mT)], -1)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         mask = self._mask(window)
-        p = (scores if mask is None else scores.add_(mask)).softmax(-1)
+        p = (scores if mask is None else scores.add_(mask)).softmax(-1)  # (B, K, G, longest + S)
         out = torch.matmul(p[..., shared:], own_values)
-        out += self._collected(torch.matmul(self._spread(p[..., :shared]), prompt_values), rows)
-        return out.view(rows, 1, heads, -1).to(query.dtype)
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """(B, K, G, E) -> (P, K, N·G, E): the rows of a prompt together."""
-        if self._grid is not None:
-            x = x.index_select(0, self._grid)
-        x = x.view(len(self.prompts), -1, *x.shape[1:])
-        return x.transpose(1, 2).flatten(2, 3)
-
-    def _collected(self, x: Tensor, rows: int) -> Tensor:
-        """(P, K, N·G, E) -> (B, K, G, E), the way back."""
-        count = rows if self._grid is None else len(self._grid)
-        x = x.unflatten(2, (count // len(self.prompts), -1)).transpose(1, 2).flatten(0, 1)
-        return x if self._places is None else x.index_select(0, self._places)
+        p = _picked(p[..., :shared].reshape(rows * key_heads, -1), order).view(*together, shared)
+        mixed = _picked(torch.matmul(p, prompt_values).view(places, -1), back)
+        return (out + mixed.view(out.shape)).view(rows, 1, heads, -1).to(query.dtype)
 
     def _mask(self, window: int | None) -> Tensor | None:
-        """(B, 1, 1, longest + S) float32: 0 where a row may look and -inf elsewhere; None: it may look everywhere."""
+        """(B, 1, 1, longest + S) float32: 0 where a row may look and -inf elsewhere; None: it may look everywhere.
+
+        Without a window it is made once for all slots held: those not written yet are seen by every row.
+        """
         first, shared = min(self.born), max(self.lengths)
         if window is not None and window >= shared + self.now - first + 1:
             window = None
-        if window in self._masks:
-            return self._masks[window]
-        mask = None
-        if window is not None or max(self.born) > first or min(self.lengths) < shared:
-            born = torch.tensor(self.born, device=self.device)[:, None]
-            length = torch.tensor([self.lengths[slot] for slot in self.slot_of], device=self.device)[:, None]
-            place = torch.arange(shared, device=self.device)
-            slot = torch.arange(first, self.now + 1, device=self.device)
-            hidden = torch.cat([place >= length, slot < born], 1)
-            if window is not None:
-                distance = torch.cat(
-                    [length + self.now - born - place, (self.now - slot).expand(len(born), -1)], 1
-                )
-                hidden |= distance >= window
-            mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf"))[
-                :, None, None
-            ]
-        self._masks[window] = mask
-        return mask
+        if window not in self._masks:
+            mask = None
+            if window is not None or max(self.born) > first or min(self.lengths) < shared:
+                born = torch.tensor(self.born, device=self.device)[:, None]
+                lengths = [self.lengths[slot] for slot in self.slot_of]
+                length = torch.tensor(lengths, device=self.device)[:, None]
+                place = torch.arange(shared, device=self.device)
+                slot = torch.arange(first, self.held, device=self.device)
+                hidden = torch.cat([place >= length, slot < born], 1)
+                if window is not None:
+                    ago = torch.cat(
+                        [length + self.now - born - place, (self.now - slot).expand(len(born), -1)], 1
+                    )
+                    hidden |= ago >= window
+                mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = mask
+        mask = self._masks[window]
+        return None if mask is None else mask[:, None, None, : shared + self.now + 1 - first]
+
+
+def _picked(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
 
 
 def _grown(old: Tensor | None, shape: tuple[int, int, int, int], like: Tensor) -> Tensor:

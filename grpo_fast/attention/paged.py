@@ -135,8 +135,8 @@ def _kernel_works(
     if stored == FP8:
         (keys, scales[0]), (values, scales[1]) = quantized(keys), quantized(values)
     table = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int32, device=device)
-    lens = torch.tensor([[70, 90], [3, 1]], dtype=torch.int32, device=device)
-    pages = Pages(keys, values, scales[0], scales[1], table, lens[:, 0], lens[:, 1])
+    prompt_lens, own_lens = torch.tensor([[70, 3], [90, 1]], dtype=torch.int32, device=device)
+    pages = Pages(keys, values, scales[0], scales[1], table, prompt_lens, own_lens)
     q, options = random(2, heads, dim), {"scale": 0.3, "window": 40 if windowed else None, "softcap": softcap}
     try:
         got = paged_attention_triton(q, pages, **options).float()

@@ -204,10 +204,12 @@ def paged_attention_triton(
     """`paged.paged_attention` by kernels; `parts` overrides the choice by the device."""
     rows, heads, dim = q.shape
     key_heads, value_dim, width = pages.keys.shape[1], pages.values.shape[3], pages.table.shape[1]
-    assert all(x.is_contiguous() for x in pages[:4] if x is not None)
+    fixed = (*pages[:4], pages.prompt_lens, pages.own_lens)
+    assert all(x.is_contiguous() for x in fixed if x is not None)
     table = pages.table if pages.table.stride(1) == 1 else pages.table.contiguous()
     if parts is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        properties = torch.cuda.get_device_properties(q.device) if q.is_cuda else None
+        processors = properties.multi_processor_count if properties is not None else 8
         parts = parts_for(rows * key_heads, processors, width)
     group = heads // key_heads
     out = q.new_empty(rows, heads, value_dim)

@@ -75,4 +75,4 @@ class Decoder:
         if sources:
             index, into = (torch.tensor(rows, device=self.token.device) for rows in (sources, targets))
             for state in (self.token, self.position, self.drawn, self.uniform):
-                state[into] = state[index]
+                state.index_copy_(0, into, state.index_select(0, index))

@@ -34,7 +34,8 @@ class CudaCapture:
     def __call__(self, run: Callable[[], object]) -> Callable[[], object]:
         """Capture `run`; the returned replay reads and writes the same memory."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # thread_local: a reward model may be working on the same device in a thread of its own
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             run()
         return graph.replay
 

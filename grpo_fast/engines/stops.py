@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
@@ -21,12 +20,19 @@ class StopStrings:
     def __init__(self, strings: Sequence[str], decode: Decode) -> None:
         self.strings = strings
         self.decode = decode
-        self.tail: deque[int] = deque(maxlen=MARGIN + max(len(string.encode()) for string in strings))
+        self.reach = MARGIN + max(len(string.encode()) for string in strings)
+        self.tail: list[int] = []
+        self.text = ""
 
     def ends_with(self, token: int) -> bool:
         """Take the next token; whether the text up to it now holds a stop string."""
-        if not self.decode([token]):
+        text = self.decode([*self.tail, token])
+        if text == self.text and not text.endswith("\ufffd"):
             return False  # a special token: no text, and none to push out of the tail
         self.tail.append(token)
-        text = self.decode(list(self.tail))
+        if len(self.tail) < 2 * self.reach:
+            self.text = text
+        else:
+            self.tail = self.tail[-self.reach :]
+            self.text = self.decode(self.tail)
         return any(string in text for string in self.strings)
