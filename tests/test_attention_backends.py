@@ -19,6 +19,7 @@ from grpo_fast.attention.function import attention
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.attention.tiles import tiled
 from grpo_fast.errors import UserError
+from tests.attention_cases import seen, truth
 
 HEADS, KEY_HEADS, DIM = 4, 2, 16
 # prompts alone, completions of one token and of many, a prompt shared from afar, longer than a tile's rows
@@ -33,33 +34,6 @@ CPU = Case(torch.device("cpu"), torch.float32, HEADS, KEY_HEADS, DIM, DIM, False
 def automatic() -> Iterator[None]:
     yield
     use("auto")
-
-
-def seen(plan: PackedPlan, window: int | None) -> Tensor:
-    """(L, L) bool: which key each query looks at, from the definition of a plan."""
-    allowed = torch.zeros(plan.length, plan.length, dtype=torch.bool)
-    parts = zip(plan.q_starts, plan.q_lens, plan.prefix_starts, plan.prefix_lens, strict=False)
-    for start, size, first, shared in parts:
-        keys = [*range(first, first + shared), *range(start, start + size)]
-        for i in range(size):
-            here = shared + i
-            allowed[start + i, keys[max(0, here + 1 - window) if window else 0 : here + 1]] = True
-    return allowed
-
-
-def truth(inputs: list[Tensor], grad: Tensor, plan: PackedPlan, window, softcap, sinks) -> list[Tensor]:
-    """Output and gradients in float64."""
-    values = [x.detach().double().requires_grad_() for x in inputs]
-    q, k, v = (x.transpose(0, 1) for x in values[:3])
-    k, v = (x.repeat_interleave(HEADS // KEY_HEADS, 0) for x in (k, v))
-    scores = q @ k.transpose(1, 2) * 0.4
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen(plan, window), float("-inf"))
-    if sinks:
-        scores = torch.cat([scores, values[3].view(-1, 1, 1).expand(-1, plan.length, 1)], -1)
-    out = (scores.softmax(-1)[..., : plan.length] @ v).transpose(0, 1)
-    return [out.detach(), *torch.autograd.grad(out, values, grad.double())]
 
 
 def run(path, inputs: list[Tensor], grad: Tensor, plan: PackedPlan, window, softcap=None) -> list[Tensor]:

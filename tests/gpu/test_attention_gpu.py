@@ -1,4 +1,4 @@
-"""Packed attention and the engine on a CUDA device: the fused path against exact arithmetic."""
+"""Packed attention and the engine on a CUDA device: every back end found there against float64."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.attention import paths
-from grpo_fast.attention.function import _varlen_works, use_packed_attention
+from grpo_fast.attention.backends import SLOW, TABLE, Backend, Case, _fault, choose
+from grpo_fast.attention.function import use_packed_attention
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
+from tests.attention_cases import truth
 from tests.families import packed_logprobs, ragged, single_logprobs, tiny_model
 
 pytestmark = [
@@ -22,6 +23,7 @@ pytestmark = [
 ]
 WIDE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "query_pre_attn_scalar": 64}
 FAMILY_NAMES = ["qwen2", "qwen3", "llama", "mistral", "gemma2"]
+PACKED_NAMES = [*FAMILY_NAMES, "gpt_oss"]
 
 
 def grouped_plan(long: bool) -> PackedPlan:
@@ -44,49 +46,108 @@ def grouped_plan(long: bool) -> PackedPlan:
     return PackedPlan(tuple(lengths), tuple(starts), tuple(shared), torch.device("cuda"))
 
 
-def run(path, values: list[Tensor], grad: Tensor, plan: PackedPlan, **options) -> list[Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in values]
-    out = path(*inputs, plan, **options)
-    out.backward(grad.to(out.dtype))
-    return [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
+def case(
+    plan: PackedPlan, heads: tuple[int, int], dim: int, sinks: bool, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """Queries, keys, values, perhaps sinks, and the gradient of the output."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(plan.length, h, dim) for h in (*heads, heads[1], heads[0])] + [(heads[0],)] * sinks
+    q, k, v, grad, *rest = (
+        torch.randn(shape, device="cuda", generator=generator).to(dtype) for shape in shapes
+    )
+    return [q, k, v, *rest], grad
+
+
+def run(
+    backend: Backend, inputs: list[Tensor], grad: Tensor, plan: PackedPlan, window, softcap
+) -> list[Tensor]:
+    values = [x.detach().clone().requires_grad_() for x in inputs]
+    sinks = values[3] if len(values) > 3 else None
+    out = backend.run(*values[:3], plan, scale=0.2, window=window, softcap=softcap, sinks=sinks)
+    out.backward(grad)
+    return [out.detach(), *(x.grad for x in values if x.grad is not None)]
+
+
+def usable(
+    backend: Backend, dtype: torch.dtype, heads: tuple[int, int], dim: int, window, softcap, sinks: bool
+) -> None:
+    """Skip where the back end says that it cannot, or is not installed."""
+    wanted = Case(torch.device("cuda", 0), dtype, *heads, dim, dim, window is not None, softcap, sinks)
+    if why := backend.lacks(wanted):
+        pytest.skip(f"{backend.name} {why}")
+    if (why := _fault(backend, wanted)) and backend.choice == "flash":
+        pytest.skip(f"{backend.name} {why}")  # the trainer would not use it either
+
+
+NAMES = {backend.name: backend for backend in TABLE if "cuda" in backend.devices}
+TERMS = [
+    (None, None, False),
+    (7, None, False),
+    (200, None, False),
+    (None, 5.0, False),
+    (7, 5.0, False),
+    (None, None, True),
+    (7, None, True),
+]
+
+
+def check(
+    backend: Backend, plan: PackedPlan, heads: tuple[int, int], dim: int, window, softcap, sinks: bool
+) -> None:
+    inputs, grad = case(plan, heads, dim, sinks, torch.bfloat16)
+    want = truth(inputs, grad, plan, window, softcap, sinks, scale=0.2)
+    got = run(backend, inputs, grad, plan, window, softcap)
+    for part, g, w in zip(("out", "dq", "dk", "dv", "dsinks"), got, want, strict=False):
+        assert g.dtype == torch.bfloat16
+        assert error(g, w) < 0.012, (backend.name, part, error(g, w))
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 5.0), (7, 5.0)])
-def test_every_path_against_float32(window, softcap, heads: tuple[int, int], long: bool) -> None:
-    """Rectangles in float32 are the truth; every other path may differ by bf16 rounding only."""
-    plan = grouped_plan(long)
-    torch.manual_seed(0)
-    values = [
-        torch.randn(plan.length, h, 64, device="cuda", dtype=torch.bfloat16) for h in (*heads, heads[1])
-    ]
-    grad = torch.randn(plan.length, heads[0], 64, device="cuda")
-    common = {"scale": 0.2, "window": window}
-    want = run(paths.padded, [x.float() for x in values], grad, plan, softcap=softcap, **common)
-    results = {"padded": run(paths.padded, values, grad, plan, softcap=softcap, **common)}
-    if softcap is None:
-        results["segment"] = run(paths.by_segment, values, grad, plan, **common)
-    for package in paths.varlen_packages(window=window, softcap=softcap):
-        results[package] = run(paths.varlen, values, grad, plan, softcap=softcap, package=package, **common)
-    for name, got in results.items():
-        for part, g, w in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-            assert error(g, w) < 0.012, (name, part, error(g, w))
+@pytest.mark.parametrize(("window", "softcap", "sinks"), TERMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_back_end_against_float64(
+    name: str, window, softcap, sinks: bool, heads: tuple[int, int], long: bool
+) -> None:
+    """Prompts shared by ragged completions, in bfloat16, may differ by its rounding only."""
+    usable(NAMES[name], torch.bfloat16, heads, 64, window, softcap, sinks)
+    check(NAMES[name], grouped_plan(long), heads, 64, window, softcap, sinks)
 
 
-def test_torch_varlen_passes_its_probe() -> None:
-    """Should a release change what the kernel computes, this says so; the trainer itself falls back."""
-    if "torch" not in paths.varlen_packages(window=None, softcap=None):
-        pytest.skip("this torch has no varlen_attn")
-    shapes = (torch.Size((8, 64)), torch.Size((2, 64)), torch.Size((2, 64)))
-    assert _varlen_works(torch.device("cuda", 0), "torch", torch.bfloat16, *shapes, False, None)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", NAMES)
+def test_few_queries_see_the_whole_of_a_long_prompt(name: str, dim: int) -> None:
+    """Queries fewer than keys: the causal mask must be aligned at the bottom right, also across kernel blocks."""
+    usable(NAMES[name], torch.bfloat16, (4, 2), dim, None, None, False)
+    plan = PackedPlan((513, 1, 2, 130, 64), (0, 0, 0, 0, 0), (0, 513, 513, 513, 0), torch.device("cuda"))
+    check(NAMES[name], plan, (4, 2), dim, None, None, False)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize(("window", "softcap", "sinks"), TERMS)
+def test_a_fused_kernel_is_chosen(window, softcap, sinks: bool) -> None:
+    """Should a release change what a kernel computes, this says so; the trainer itself falls back."""
+    plan = grouped_plan(True)
+    wanted = Case(torch.device("cuda", 0), torch.bfloat16, 8, 2, 64, 64, window is not None, softcap, sinks)
+    found = choose(wanted, plan)
+    assert found.choice not in SLOW, {b.name: b.lacks(wanted) or _fault(b, wanted) for b in TABLE}
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_float32_has_a_way_too(window) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    plan = grouped_plan(True)
+    wanted = Case(torch.device("cuda", 0), torch.float32, 8, 2, 64, 64, window is not None, None, False)
+    inputs, grad = case(plan, (8, 2), 64, False, torch.float32)
+    got = run(choose(wanted, plan), inputs, grad, plan, window, None)
+    for g, w in zip(got, truth(inputs, grad, plan, window, None, False, scale=0.2), strict=True):
+        assert error(g, w) < 1e-4
+
+
+@pytest.mark.parametrize("family", PACKED_NAMES)
 def test_float32_packed_equals_one_by_one(family: str) -> None:
     """The padded path on the GPU is as exact as on the CPU."""
     torch.backends.cuda.matmul.allow_tf32 = False
