@@ -59,7 +59,7 @@ def spoil(place: Callable[[dict[str, Any]], object]) -> Fault:
 FAULTS: dict[str, tuple[Fault, str]] = {
     "dies mid-request": (Fault(hang_up=True), "no connection or a broken one"),
     "truncated": (Fault(cut=True), "no connection or a broken one"),
-    "hangs": (Fault(delay_s=3), "engine.timeout_s = 1 s"),
+    "hangs": (Fault(delay_s=60), "engine.timeout_s = 1 s"),
     "500": (Fault(status=500, body=b"EngineDeadError\n\n at line 1"), "answered 500 'EngineDeadError"),
     "overloaded": (Fault(status=429), "answered 429"),
     "no JSON": (Fault(body=b"<html>"), "no JSON object: '<html>'"),

@@ -20,16 +20,16 @@ import torch
 from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.config.rules import FieldError
 from grpo_fast.config.settings import TrainConfig
-from grpo_fast.engines import choose, vllm_server
+from grpo_fast.engines import choose, vllm, vllm_server
 from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.faults import EngineError
 from grpo_fast.engines.guard import Guard
 from grpo_fast.engines.vllm import VllmEngine
 from grpo_fast.engines.vllm_answers import group_seed
 from grpo_fast.engines.vllm_server import Serving, VllmServer, command
-from grpo_fast.engines.vllm_weights import chunks, pack_into, transfer_of
+from grpo_fast.engines.vllm_weights import Parcel, chunks, pack_into, transfer_of
 from grpo_fast.errors import UserError
-from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, merged_state
+from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters
 from tests.families import VOCAB, packed_logprobs, ragged, tiny_model
 from tests.vllm_server import BytesTransfer, Fault, VllmTestServer, engine_for
 
@@ -174,12 +174,13 @@ def test_merged_weights_of_a_lora_policy_are_pushed_and_the_trained_ones_stay() 
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     names = [name for name, _ in base.named_parameters()]
     assert [name for name, _ in merged_parameters(policy)] == names
-    merged = copy.deepcopy(base)
-    merged.load_state_dict(merged_state(policy))
     with VllmTestServer(copy.deepcopy(base)) as server:
         engine = engine_for(server)
         engine.push(merged_parameters(policy), 3)
-        check_logprobs(merged, engine.generate(PROMPTS, 2, SAMPLING, seed=0), 2)
+        completions = engine.generate(PROMPTS, 2, SAMPLING, seed=0)
+    check_logprobs(policy, completions, 2)
+    with pytest.raises(AssertionError):
+        check_logprobs(base, completions, 2)
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
@@ -233,6 +234,34 @@ def test_a_hand_over_that_fails_leaves_a_server_that_goes_on() -> None:
             engine.push([("another", torch.zeros(2))], 1)
         engine.push(model.named_parameters(), 1)
         assert engine.generate(PROMPTS, 1, SAMPLING, 0)[0].version == 1
+
+
+def test_our_side_of_a_collective_runs_beside_the_request(monkeypatch) -> None:
+    """As NCCL needs it: both sides at once, an error of ours is seen, and one that hangs is not waited for."""
+    model = tiny_model("qwen2")
+    done: list[int] = []
+    ours: list[Callable[[], None]] = [lambda: done.append(1)]
+
+    class Collective(BytesTransfer):
+        def parcel(self, chunk) -> Parcel:
+            return Parcel(super().parcel(chunk).info, ours[0])
+
+    def fails() -> None:
+        raise EngineError("ncclBroadcast failed")
+
+    with VllmTestServer(copy.deepcopy(model)) as server:
+        transfer = Collective()
+        engine = engine_for(server, transfer=transfer)
+        engine.push(model.named_parameters(), 1)
+        assert len(done) == len(transfer.chunks) > 1
+        ours[0] = fails
+        with pytest.raises(EngineError, match="ncclBroadcast failed"):
+            engine.push(model.named_parameters(), 2)
+        monkeypatch.setattr(vllm, "JOIN_S", 0.1)
+        ours[0] = lambda: time.sleep(30)
+        with pytest.raises(EngineError, match=r"our side of it hangs for 0\.1 s"):
+            engine.push(model.named_parameters(), 2)
+        assert not server.paused and not server.updating
 
 
 def test_chunks_hold_what_they_may_and_everything() -> None:
@@ -297,6 +326,7 @@ def group(leader: int) -> list[int]:
     return [pid for pid, process_group in processes().items() if process_group == leader]
 
 
+@pytest.mark.slow
 def test_a_server_is_started_restarted_and_stopped(tmp_path: Path) -> None:
     model = tiny_model("qwen2")
     model.save_pretrained(tmp_path / "model")

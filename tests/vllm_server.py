@@ -277,6 +277,11 @@ class VllmTestServer:
         for name, kind in COMPLETION_FIELDS.items():
             right = isinstance(body[name], kind) and (kind is bool or not isinstance(body[name], bool))
             _need(right, f"{name} is of the wrong type", 400)
+        _need(body["ignore_eos"], "the model's own end would take part", 400)
+        neutral = (
+            body["repetition_penalty"] == 1 and body["presence_penalty"] == body["frequency_penalty"] == 0
+        )
+        _need(neutral, "penalties are not part of the policy's distribution", 400)
         _need(body["model"] == "policy", f"no model {body['model']}", 404)
         _need(-(2**63) <= body["seed"] < 2**63, "seed", 400)
         _need(body["temperature"] > 0 or body["n"] == 1, "n must be 1 when using greedy sampling", 400)
