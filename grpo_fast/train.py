@@ -40,7 +40,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
     policy.activations_on_host = config.memory.activations_on_host
-    engine = FewerRows(LocalEngine(policy.model, max_rows=config.rollout.max_rows))
+    engine = FewerRows(LocalEngine(policy.model, max_rows=config.rollout.max_rows), tell=run.progress.message)
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     optimizer = Optimizer(
@@ -53,7 +53,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         kind=config.optim.optimizer,
         where=config.memory.optimizer,
     )
-    budget = TokenBudget(config.optim.token_budget)
+    budget = TokenBudget(config.optim.token_budget, tell=run.progress.message)
     sampler = PromptSampler(len(task.prompts), config.rollout.prompts_per_step, config.seed)
     base_seed = config.seed << 32
 
@@ -113,8 +113,6 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                 optimizer.offload()
                 engine.wake()
                 engine.push(policy.model.named_parameters(), step + 1)
-            for message in filter(None, (budget.news(), engine.news())):
-                run.progress.message(message)
             metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
             metrics |= task.scorer.counts()
             metrics |= multipliers.update(task.scorer.used(rollout.scored))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,15 +69,19 @@ def quiet_peft() -> Iterator[None]:
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict of the plain model, adapters added to the weights they belong to, on the CPU.
+    """The state dict of the plain model, adapters added to the weights they belong to, on the CPU."""
+    return {name: value.cpu() for name, value in _merged(model, model.state_dict().items())}
 
-    Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training. Weights in 4
-    bits are brought to the model's dtype, with their adapters in float32 before: rounded once.
+
+@torch.no_grad()
+def _merged(model: PreTrainedModel, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training.
+
+    A weight in 4 bits takes its adapter in float32 and is then rounded to the model's dtype.
     """
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     quantised = {name: module for name, module in model.named_modules() if is_quantised(module)}
-    merged: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    for key, value in named:
         coded = next((name for name in quantised if key.startswith(f"{name}.weight")), None)
         if coded is not None and key != f"{coded}.weight":
             continue  # scales and tables of the codes
@@ -85,7 +89,7 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
         dtype = value.dtype if coded is None else model.dtype
         owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
         if owner is None:
-            merged[key] = value.to(dtype).cpu()
+            yield key, value.to(dtype)
             continue
         inner = key[len(owner) + 1 :]
         if not inner.startswith("base_layer."):
@@ -93,6 +97,5 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
         if inner == "base_layer.weight":
             layer: Any = adapted[owner]
             for adapter in layer.active_adapters:
-                value = value.float() + layer.get_delta_weight(adapter).detach().float()
-        merged[f"{owner}.{inner.removeprefix('base_layer.')}"] = value.to(dtype).cpu()
-    return merged
+                value = value.float() + layer.get_delta_weight(adapter).float()
+        yield f"{owner}.{inner.removeprefix('base_layer.')}", value.to(dtype)
