@@ -20,8 +20,8 @@ class TokenBudget:
     """At most so many in a micro-batch from now on."""
     retries: int = 0
     """Times it had to be made smaller."""
-    told: int = 0
-    """Retries that `news` has spoken of."""
+    tell: Callable[[str], None] | None = None
+    """Is given one line whenever work was done with a smaller budget than it began with."""
 
     def run(
         self,
@@ -35,10 +35,12 @@ class TokenBudget:
         `undo` takes back what the failed attempt has left behind. Raises UserError when micro-batches cannot be made
         smaller: each sequence needs one as long as itself.
         """
+        before = self.retries
         batches = batches_of(self.tokens)
         while True:
             try:
-                return work(batches)
+                result = work(batches)
+                break
             except torch.OutOfMemoryError:
                 pass  # what the traceback holds must be gone before memory is asked for again
             if undo is not None:
@@ -48,16 +50,12 @@ class TokenBudget:
                 torch.cuda.empty_cache()
             self._shrink(batches)
             batches = batches_of(self.tokens)
-
-    def news(self) -> str:
-        """One line when the budget has become smaller since this was last asked, else nothing."""
-        if self.told == self.retries:
-            return ""
-        self.told = self.retries
-        return (
-            f"warning: out of memory in a micro-batch; the step was redone with the same gradient at {self.tokens} "
-            f"tokens, which holds from now on (set --optim.token-budget {self.tokens})"
-        )
+        if self.retries > before and self.tell is not None:
+            self.tell(
+                "warning: out of memory in a micro-batch; the step was redone with the same gradient at "
+                f"{self.tokens} tokens, which holds from now on (set --optim.token-budget {self.tokens})"
+            )
+        return result
 
     def _shrink(self, batches: list[PackedBatch]) -> None:
         largest = max(batch.input_ids.shape[1] for batch in batches)

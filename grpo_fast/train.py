@@ -49,7 +49,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     use(config.policy.attention)
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
-    engine = run.closing(engine_of(config, policy, run.path, task.decode))
+    engine = run.closing(engine_of(config, policy, run.path, decode=task.decode, tell=run.progress.message))
     policy.activations_on_host = config.memory.activations_on_host
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
@@ -63,7 +63,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         kind=config.optim.optimizer,
         where=config.memory.optimizer,
     )
-    budget = TokenBudget(config.optim.token_budget)
+    budget = TokenBudget(config.optim.token_budget, tell=run.progress.message)
     base_seed = config.seed << 32
 
     multipliers = Multipliers(
@@ -110,8 +110,6 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                     policy, optimizer, rollout, config, lr=lr, reference=reference, budget=budget
                 )
                 optimizer.offload()
-            for message in filter(None, (budget.news(), engine.news())):
-                run.progress.message(message)
             metrics |= pipeline.metrics | rollout_metrics(
                 rollout, task.scorer.names, config.rollout.group_size
             )

@@ -131,13 +131,13 @@ def test_a_pass_without_gradients_is_redone_too(monkeypatch):
 
 
 def test_the_smaller_budget_is_remembered_and_told_once(monkeypatch):
-    model, settings, budget = policy(), config("dapo"), TokenBudget(LARGE)
-    assert budget.news() == ""
+    told: list[str] = []
+    model, settings, budget = policy(), config("dapo"), TokenBudget(LARGE, tell=told.append)
     seen = fails_at(monkeypatch, 0, 1)
     weights_after(model, settings, budget)
     largest = seen[0]
     assert largest > max(seen[2:]) and budget.retries == 2 and budget.tokens <= max(largest // 4, 30)
-    assert f"--optim.token-budget {budget.tokens}" in budget.news() and budget.news() == ""
+    assert len(told) == 1 and f"--optim.token-budget {budget.tokens}" in told[0]
 
 
 def test_one_sequence_that_does_not_fit_ends_the_run_with_advice(monkeypatch):

@@ -12,8 +12,8 @@ from grpo_fast import train as training
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
-from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import read_rows
+from grpo_fast.run.progress import Progress
 from tests.test_train import REWARDS, metrics, own_model_flags, run_command
 
 
@@ -94,14 +94,8 @@ def test_out_of_memory_is_counted_told_and_survived(flags, tmp_path, monkeypatch
         return forward(self, batch, *args, **kwargs)
 
     monkeypatch.setattr(Policy, "forward", failing)
-    begin = Run.begin
-
-    def listening(self, *args, **kwargs):
-        message = self.progress.message
-        monkeypatch.setattr(self.progress, "message", lambda text: told.append(text) or message(text))
-        return begin(self, *args, **kwargs)
-
-    monkeypatch.setattr(Run, "begin", listening)
+    message = Progress.message
+    monkeypatch.setattr(Progress, "message", lambda self, text: told.append(text) or message(self, text))
     assert run_command(*flags, "--run.steps", "2") == 0
     plain, found = (
         [r for r in metrics(tmp_path / name) if r["phase"] == "grpo"] for name in ("plain", "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from grpo_fast.engines.vllm import VllmEngine
 
 
-def engine_of(config: TrainConfig, policy: Policy, folder: Path, decode: Decode) -> Guard:
+def engine_of(
+    config: TrainConfig, policy: Policy, folder: Path, *, decode: Decode, tell: Callable[[str], None]
+) -> Guard:
     """The engine the settings ask for, guarded. The log of a server that is started goes into `folder`.
+
+    `decode` turns token ids into text, for stop strings; `tell` is given what the user should know, a line at a time.
 
     With `rollout.ahead` nothing is tried again: the weights of the last push have gone on by then.
     """
@@ -46,7 +51,8 @@ def engine_of(config: TrainConfig, policy: Policy, folder: Path, decode: Decode)
                 settings=config.engine,
                 decode=decode,
                 separate=config.rollout.ahead,
-            )
+            ),
+            tell=tell,
         )
     return Guard(
         engine,

@@ -94,11 +94,6 @@ class Guard:
         """How often something was tried again since the start, as a metric; nothing for an engine in this process."""
         return {} if self._recovery() is None else {"engine/retries": float(self._repeated)}
 
-    def news(self) -> str:
-        """What the engine wants said once, else nothing."""
-        news: Callable[[], str] | None = getattr(self.engine, "news", None)
-        return news() if news else ""
-
     def sleep(self) -> None:
         """Give memory back until `wake`."""
         self.engine.sleep()

@@ -17,12 +17,11 @@ class FewerRows:
     """A `RolloutEngine`: one in this process, whose `max_rows` is halved whenever it runs out of memory.
 
     The rollout is drawn again with the same seed, so its completions are the same up to rounding. Groups that were
-    reported before memory ran out stand as they were reported.
+    reported before memory ran out stand as they were reported. `tell` is given one line when that happened.
     """
 
-    def __init__(self, engine: LocalEngine | PlainEngine) -> None:
-        self.engine = engine
-        self._news = ""
+    def __init__(self, engine: LocalEngine | PlainEngine, *, tell: Callable[[str], None]) -> None:
+        self.engine, self._tell = engine, tell
 
     def generate(
         self,
@@ -34,6 +33,7 @@ class FewerRows:
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[Completion]:
         """The engine's `generate`; UserError when not even one completion at a time fits."""
+        before = self.engine.max_rows
         reported: dict[int, list[Completion]] = {}
 
         def once(prompt: int, group: list[Completion]) -> None:
@@ -50,14 +50,14 @@ class FewerRows:
             except torch.OutOfMemoryError:
                 pass  # what the traceback holds must be gone before memory is asked for again
             self._halve(len(prompts) * n)
+        if self.engine.max_rows < before:
+            self._tell(
+                f"warning: out of memory while generating; from now on {self.engine.max_rows} completions at the same "
+                f"time (set --rollout.max-rows {self.engine.max_rows})"
+            )
         for prompt, group in reported.items():
             completions[prompt * n : (prompt + 1) * n] = group
         return completions
-
-    def news(self) -> str:
-        """One line when rows have become fewer since this was last asked, else nothing."""
-        news, self._news = self._news, ""
-        return news
 
     def _halve(self, rows: int) -> None:
         rows = min(rows, self.engine.max_rows) // 2
@@ -72,10 +72,6 @@ class FewerRows:
         self.engine.wake()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._news = (
-            f"warning: out of memory while generating; from now on {rows} completions at the same time "
-            f"(set --rollout.max-rows {rows})"
-        )
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.engine.push(named_parameters, version)

@@ -259,7 +259,7 @@ def load_model(
             ignore_mismatched_sizes=bool(may_miss),
             **quantised,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"{what} {path}: cannot read its weights: {one_line(error)}") from error
