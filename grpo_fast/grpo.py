@@ -77,6 +77,7 @@ def update(
         "skipped_updates": skipped,
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
         **token_weighted(losses, batch_metrics),
+        **(policy.compiled.metrics() if policy.compiled is not None else {}),
     }
 
 

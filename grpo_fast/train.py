@@ -101,6 +101,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             with run.phase_timer("update"):
                 metrics = update(policy, optimizer, rollout, config, lr=lr, reference=reference)
                 engine.push(policy.model.named_parameters(), step + 1)
+            for line in policy.compiled.news() if policy.compiled is not None else ():
+                run.progress.message(line)
             metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
             metrics |= task.scorer.counts()
             metrics |= multipliers.update(task.scorer.used(rollout.scored))

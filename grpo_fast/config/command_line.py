@@ -124,6 +124,7 @@ TRAIN: Command[TrainConfig] = Command(
         "optim.token_budget",
         "policy.backend",
         "policy.liger",
+        "policy.compile",
     ),
     adapt=_adapt_train,
 )

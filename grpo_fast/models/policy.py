@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
+from grpo_fast.models.compiled import CompiledLayers, check_compiled
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
 from grpo_fast.models.lora import LoraSettings, add_lora, merged_state, quiet_peft
@@ -72,6 +73,8 @@ class Policy(nn.Module):
     model: PreTrainedModel
     peft_model: PeftModel | None
     tokenizer: PreTrainedTokenizerBase
+    compiled: CompiledLayers | None
+    """The compiled decoder layers of packed passes; None where they run as they are."""
 
     def __init__(
         self,
@@ -79,10 +82,12 @@ class Policy(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         *,
         peft_model: PeftModel | None = None,
+        compiled: CompiledLayers | None = None,
     ):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.compiled = compiled
         # The same parameters under other names: kept out of nn.Module's registry.
         self.__dict__["peft_model"] = peft_model
 
@@ -96,6 +101,7 @@ class Policy(nn.Module):
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         liger: bool = False,
+        compiled: bool = False,
     ) -> Policy:
         """A saved model folder, a hub id, or a folder of a saved adapter (then training goes on with it).
 
@@ -122,6 +128,7 @@ class Policy(nn.Module):
                 lora=lora,
                 gradient_checkpointing=gradient_checkpointing,
                 liger=liger,
+                compiled=compiled,
             )
         try:
             with quiet_peft():
@@ -131,7 +138,7 @@ class Policy(nn.Module):
         except Exception as error:  # peft and safetensors raise several unrelated kinds for a broken adapter
             what = pretrained.one_line(error)
             raise UserError(f"model {saved.path}: cannot read the adapter: {what}") from error
-        return cls._finish(model, saved.tokenizer, wrapped, gradient_checkpointing, liger)
+        return cls._finish(model, saved.tokenizer, wrapped, gradient_checkpointing, liger, compiled)
 
     @classmethod
     def from_model(
@@ -142,13 +149,14 @@ class Policy(nn.Module):
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         liger: bool = False,
+        compiled: bool = False,
     ) -> Policy:
         """A model that is in memory; it is changed in place (attention, dropout, adapters)."""
         pretrained.check_architecture(type(model), model.config, "model")
         rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
         pretrained.check_vocabulary(tokenizer, rows, "model")
         wrapped = None if lora is None else add_lora(model, lora)
-        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing, liger)
+        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing, liger, compiled)
 
     @classmethod
     def _finish(
@@ -158,6 +166,7 @@ class Policy(nn.Module):
         peft_model: PeftModel | None,
         gradient_checkpointing: bool,
         liger: bool,
+        compiled: bool,
     ) -> Policy:
         if peft_model is not None:
             _refuse_lora_on_head(model)
@@ -169,7 +178,13 @@ class Policy(nn.Module):
             apply_liger(model)
         if gradient_checkpointing:
             pretrained.enable_gradient_checkpointing(model, "model")
-        return cls(model, tokenizer, peft_model=peft_model).train()
+        policy = cls(
+            model, tokenizer, peft_model=peft_model, compiled=CompiledLayers() if compiled else None
+        ).train()
+        if policy.compiled is not None:
+            policy.compiled.install(model)
+            check_compiled(model, policy.compiled)
+        return policy
 
     @property
     def device(self) -> torch.device:
@@ -193,7 +208,7 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The last hidden state of every position that predicts a completion token: (N, H), model dtype."""
-        return packed_hidden_states(self.model, batch).index_select(0, batch.hidden_index)
+        return packed_hidden_states(self.model, batch, self.compiled).index_select(0, batch.hidden_index)
 
     def forward(
         self,
@@ -274,7 +289,9 @@ class Policy(nn.Module):
         """A copy that never changes: the reference of a fully trained policy when kl_coef > 0."""
         if self.is_lora:
             raise ValueError("a LoRA policy needs no frozen copy: logprobs(batch, reference=True)")
-        frozen = Policy(copy.deepcopy(self.model), self.tokenizer)
+        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, compiled=self.compiled)
+        if self.compiled is not None:
+            self.compiled.install(frozen.model)
         frozen.requires_grad_(False)
         return frozen.eval()
 

@@ -6,7 +6,7 @@ wrong probabilities without a word. So would one whose logits are not hidden sta
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,25 @@ from grpo_fast.errors import UserError
 from grpo_fast.models.head import head_of
 from grpo_fast.packing import PackedBatch, pack
 
+if TYPE_CHECKING:
+    from grpo_fast.models.compiled import CompiledLayers
+
 # Limits on relative errors. bfloat16 rounds differently in every kernel: there the mean over positions is
 # compared, which tells a leak (tenths) from noise; in float32 the largest.
 HIDDEN_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 8e-2}
 LOGIT_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
-def packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states of every position of a packed row: (L, H), model dtype."""
+def packed_hidden_states(
+    model: PreTrainedModel, batch: PackedBatch, compiled: CompiledLayers | None = None
+) -> Tensor:
+    """Last hidden states of every position of a packed row: (L, H), model dtype; with `compiled` layers if given."""
     output = _base(model)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=None,
         use_cache=False,  # with a cache the model treats packed sequences as one and they leak
-        plan=batch.plan,
+        plan=batch.plan if compiled is None else compiled.seal(batch.plan),
     )
     return output.last_hidden_state[0]
 
