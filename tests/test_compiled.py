@@ -83,7 +83,12 @@ def test_compiled_code_gives_the_plain_numbers_at_every_length(monkeypatch, fami
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lora": LoraSettings(rank=2), "gradient_checkpointing": True}], ids=["full", "lora"]
+    "options",
+    [
+        {},
+        {"lora": LoraSettings(rank=2, target_modules=("q_proj", "up_proj")), "gradient_checkpointing": True},
+    ],
+    ids=["full", "lora"],
 )
 def test_new_lengths_and_updates_add_no_graphs(monkeypatch, options):
     plain, compiled = policies(monkeypatch, "llama", **options)
