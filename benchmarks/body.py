@@ -109,7 +109,7 @@ def rows(tokens: int) -> list[PackedBatch]:
     found = []
     for share in (1.0, 0.8, 0.67):
         draw, prompts, completions, owner, left = random.Random(tokens), [], [], [], int(tokens * share)
-        longest = min(max(left // 12, 8), 512)
+        longest = min(max(left // 12, 8), 256)
         while left > 0:
             prompts.append([draw.randrange(1024) for _ in range(longest // 2)])
             group = [draw.randint(longest // 4, longest) for _ in range(8)]
