@@ -85,6 +85,7 @@ def update(
         "oom_retries": budget.retries - retries,
         "grad_norm": sum(norms) / len(norms) if norms else 0.0,
         **token_weighted(losses, batch_metrics),
+        **(policy.compiled.metrics() if policy.compiled is not None else {}),
     }
 
 

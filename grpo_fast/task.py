@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from grpo_fast.attention.backends import check_choice
-from grpo_fast.config.resolve import check_packages, check_paths, loss_config, resolve_device, resolve_dtype
+from grpo_fast.config.resolve import (
+    check_packages,
+    check_paths,
+    compiles,
+    loss_config,
+    resolve_device,
+    resolve_dtype,
+)
 from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.engines.base import Sampling
@@ -148,6 +155,7 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
         gradient_checkpointing=config.policy.gradient_checkpointing,
         liger=config.policy.liger,
         quantize=config.policy.quantize,
+        compiled=compiles(config, device),
     )
     policy.self_check()
     return Task(

@@ -110,6 +110,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                     policy, optimizer, rollout, config, lr=lr, reference=reference, budget=budget
                 )
                 optimizer.offload()
+            for line in policy.news():
+                run.progress.message(line)
             metrics |= pipeline.metrics | rollout_metrics(
                 rollout, task.scorer.names, config.rollout.group_size
             )

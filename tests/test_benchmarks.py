@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import figures, loss_head
+from benchmarks import body, figures, loss_head
 
 
 def test_a_record_its_table_and_its_picture(tmp_path, capsys):
@@ -32,3 +32,21 @@ def test_a_record_its_table_and_its_picture(tmp_path, capsys):
 def test_a_folder_without_records(tmp_path, capsys):
     assert figures.main([str(tmp_path)]) == 2
     assert "no record" in capsys.readouterr().err
+
+
+def test_the_body_and_a_contender_that_is_not_measured(tmp_path, capsys):
+    path = tmp_path / "body.json"
+    flags = ["--shapes", "miniature", "--tokens", "300", "--repeats", "2", "--output", str(path)]
+    with pytest.raises(SystemExit):
+        body.main([*flags, "--contenders", "eager,nothing"])
+    assert "unknown 'nothing'" in capsys.readouterr().err
+    assert body.main([*flags, "--contenders", "eager,liger"]) == 0
+    assert (
+        "liger       not measured: RuntimeError: Liger's kernels need a CUDA device"
+        in capsys.readouterr().out
+    )
+    record = json.loads(path.read_text())
+    assert len(set(record["tokens"])) == 3 and record["commit"] and record["versions"]["torch"]
+    rows = record["shapes"]["miniature"]["contenders"]
+    assert len(rows["eager"]["samples_s"]) == 2 and rows["eager"]["agrees"]
+    assert rows["liger"]["samples_s"] == [] and rows["liger"]["agrees"] is None

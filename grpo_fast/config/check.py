@@ -161,6 +161,11 @@ def _check_together(config: TrainConfig) -> None:
             raise FieldError(f"data.{name}", f"needs policy.model: the miniature cannot read {value!r}")
     if data.system_prompt and not policy.model:
         raise FieldError("data.system_prompt", "needs policy.model: the miniature has no system prompts")
+    if policy.compile == "on" and policy.liger:
+        raise FieldError(
+            "policy.compile",
+            "cannot be on with policy.liger: both replace the same parts of a layer; choose one",
+        )
     truncated = {"top_k": rollout.top_k > 0, "top_p": rollout.top_p < 1, "min_p": rollout.min_p > 0}
     # No preset corrects the mismatch, so None (the preset's) is "none".
     if any(truncated.values()) and loss.mismatch in (None, "none"):

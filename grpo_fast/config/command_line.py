@@ -125,6 +125,7 @@ TRAIN: Command[TrainConfig] = Command(
         "policy.backend",
         "policy.liger",
         "memory.",
+        "policy.compile",
     ),
     adapt=_adapt_train,
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,10 @@ _PRESET_ADVANTAGE: dict[str, tuple[Mode, Scale]] = {
     "rloo": ("leave_one_out", "none"),
     "reinforce_pp": ("scalarized", "batch"),
 }
+
+# Devices on which compiled layers measured faster by more than compiling costs (benchmarks.body): none yet. On two
+# CPU cores the products dominate; CUDA is unmeasured.
+_COMPILE_PAYS: frozenset[str] = frozenset()
 
 
 def loss_config(config: TrainConfig) -> LossConfig:
@@ -85,6 +91,8 @@ def resolve_device(config: TrainConfig) -> torch.device:
             raise FieldError(
                 f"memory.{name}", f"needs a CUDA device: the run is on {device.type}, in the host's memory"
             )
+    if config.policy.compile == "on" and (missing := _missing_compiler(device)):
+        raise FieldError("policy.compile", f"needs a compiler, and there is no {missing}; leave it off")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     backend = config.policy.backend
     if backend in ("triton", "fused") and device.type != "cuda" and not interpreted:
@@ -100,6 +108,26 @@ def check_packages(config: TrainConfig) -> None:
     ):
         if value and find_spec(package) is None:
             raise FieldError(name, f"{value} needs the package {package}: pip install 'grpo-fast[lowbit]'")
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the policy's layers are compiled on this device; `auto` leaves them where there is no compiler."""
+    if config.policy.compile != "auto":
+        return config.policy.compile == "on"
+    return device.type in _COMPILE_PAYS and not config.policy.liger and not _missing_compiler(device)
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """What torch.compile needs and this machine lacks, empty where it has all.
+
+    For the CPU it writes C++; on a CUDA device Triton builds the launchers of its kernels with a C compiler.
+    """
+    if device.type == "cpu":
+        variable, usual = "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    else:
+        variable, usual = "CC", ("gcc", "clang")
+    named = os.environ.get(variable, "").split()[:1] or usual  # without the flags that may follow
+    return "" if any(map(shutil.which, named)) else f"{' or '.join(named)} ({variable} names another)"
 
 
 def resolve_dtype(config: TrainConfig | RewardConfig, device: torch.device) -> torch.dtype:

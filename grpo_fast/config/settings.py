@@ -63,6 +63,8 @@ class PolicySettings(AdapterSettings):
     """LoRA: save the merged model at the end instead of the adapter alone."""
     liger: bool = False
     """Liger's RMSNorm, rotary embedding and gated MLP in the body of the model; needs a CUDA device."""
+    compile: Literal["off", "auto", "on"] = "auto"
+    """torch.compile of the layers in training; auto: where it measured faster (so far nowhere: CUDA is unmeasured)."""
     backend: Literal["auto", "torch", "triton", "fused"] = "auto"
     """Kernels of the loss head; auto takes triton on a CUDA device and torch elsewhere (fused: not measured yet)."""
     attention: Literal["auto", "flash", "torch", "flex", "sdpa", "reference"] = "auto"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_fast.config.resolve import resolve_device, resolve_dtype
+from grpo_fast.config.resolve import compiles, resolve_device, resolve_dtype
 from grpo_fast.config.settings import MiniatureSettings, MiniatureWorld, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, tokenize
 from grpo_fast.data.rated import HeadSpec, RatedExample
@@ -71,6 +71,7 @@ def prepare(config: TrainConfig, inputs: Inputs, run: Run) -> Task:
         lora=lora_settings(config),
         gradient_checkpointing=config.policy.gradient_checkpointing,
         liger=config.policy.liger,
+        compiled=compiles(config, device),
     )
     return Task(
         policy=policy,

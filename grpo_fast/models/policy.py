@@ -25,6 +25,7 @@ from grpo_fast.attention.function import ATTENTION_NAME, packing_obstacle
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.activations import activations_on_host
+from grpo_fast.models.compiled import CompiledLayers, check_compiled
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
 from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, merged_state, quiet_peft
@@ -82,6 +83,8 @@ class Policy(nn.Module):
     tokenizer: PreTrainedTokenizerBase
     packed: bool
     """Whether sequences share a row; a model in which they would see each other runs one sequence a row."""
+    compiled: CompiledLayers | None
+    """The compiled decoder layers of packed passes; None where they run as they are."""
 
     def __init__(
         self,
@@ -90,12 +93,14 @@ class Policy(nn.Module):
         *,
         peft_model: PeftModel | None = None,
         packed: bool = True,
+        compiled: CompiledLayers | None = None,
     ):
         super().__init__()
         self.packed = packed
         self.activations_on_host = False
         self.model = model
         self.tokenizer = tokenizer
+        self.compiled = compiled
         # The same parameters under other names: kept out of nn.Module's registry.
         self.__dict__["peft_model"] = peft_model
 
@@ -110,6 +115,7 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
         liger: bool = False,
         quantize: Literal["none", "nf4"] = "none",
+        compiled: bool = False,
     ) -> Policy:
         """A saved model folder, a hub id, or a folder of a saved adapter (then training goes on with it).
 
@@ -143,6 +149,7 @@ class Policy(nn.Module):
                 lora=lora,
                 gradient_checkpointing=gradient_checkpointing,
                 liger=liger,
+                compiled=compiled,
             )
         try:
             with quiet_peft():
@@ -152,7 +159,7 @@ class Policy(nn.Module):
         except Exception as error:  # peft and safetensors raise several unrelated kinds for a broken adapter
             what = pretrained.one_line(error)
             raise UserError(f"model {saved.path}: cannot read the adapter: {what}") from error
-        return cls._finish(model, saved.tokenizer, wrapped, gradient_checkpointing, liger)
+        return cls._finish(model, saved.tokenizer, wrapped, gradient_checkpointing, liger, compiled)
 
     @classmethod
     def from_model(
@@ -163,13 +170,14 @@ class Policy(nn.Module):
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         liger: bool = False,
+        compiled: bool = False,
     ) -> Policy:
         """A model that is in memory; it is changed in place (attention, dropout, adapters)."""
         pretrained.check_architecture(type(model), model.config, "model")
         rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
         pretrained.check_vocabulary(tokenizer, rows, "model")
         wrapped = None if lora is None else add_lora(model, lora)
-        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing, liger)
+        return cls._finish(model, tokenizer, wrapped, gradient_checkpointing, liger, compiled)
 
     @classmethod
     def _finish(
@@ -179,6 +187,7 @@ class Policy(nn.Module):
         peft_model: PeftModel | None,
         gradient_checkpointing: bool,
         liger: bool,
+        compiled: bool,
     ) -> Policy:
         if peft_model is not None:
             _refuse_lora_on_head(model)
@@ -196,7 +205,17 @@ class Policy(nn.Module):
             apply_liger(model)
         if gradient_checkpointing:
             pretrained.enable_gradient_checkpointing(model, "model")
-        return cls(model, tokenizer, peft_model=peft_model, packed=why is None).train()
+        policy = cls(
+            model,
+            tokenizer,
+            peft_model=peft_model,
+            packed=why is None,
+            compiled=CompiledLayers() if compiled and why is None else None,
+        ).train()
+        if policy.compiled is not None:
+            policy.compiled.install(model)
+            check_compiled(model, policy.compiled)
+        return policy
 
     @property
     def device(self) -> torch.device:
@@ -218,6 +237,10 @@ class Policy(nn.Module):
         found = [*(ids if isinstance(ids, list | tuple) else [ids]), self.tokenizer.eos_token_id]
         return tuple(sorted({i for i in found if isinstance(i, int)}))
 
+    def news(self) -> list[str]:
+        """Lines for the user since the last call."""
+        return self.compiled.news() if self.compiled is not None else []
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer updates: all parameters, with LoRA the adapters only."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -232,7 +255,7 @@ class Policy(nn.Module):
         With `activations_on_host` what this saves for the backward pass waits on the host.
         """
         with activations_on_host(self.model.parameters()) if self.activations_on_host else nullcontext():
-            states = hidden_states(self.model, batch, packed=self.packed)
+            states = hidden_states(self.model, batch, packed=self.packed, compiled=self.compiled)
             return states.index_select(0, batch.hidden_index)
 
     def forward(
@@ -314,7 +337,9 @@ class Policy(nn.Module):
         """A copy that never changes: the reference of a fully trained policy when kl_coef > 0."""
         if self.is_lora:
             raise ValueError("a LoRA policy needs no frozen copy: logprobs(batch, reference=True)")
-        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, packed=self.packed)
+        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, packed=self.packed, compiled=self.compiled)
+        if self.compiled is not None:
+            self.compiled.install(frozen.model)
         frozen.requires_grad_(False)
         return frozen.eval()
 

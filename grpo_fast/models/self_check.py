@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from grpo_fast.models.head import head_of
 from grpo_fast.models.pretrained import position_limit
 from grpo_fast.packing import PackedBatch, pack
 
+if TYPE_CHECKING:
+    from grpo_fast.models.compiled import CompiledLayers
+
 # Limits on relative errors. bfloat16 rounds differently in every kernel: there the mean over positions is
 # compared, which tells a leak (tenths) from noise; in float32 the largest.
 HIDDEN_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 8e-2}
@@ -29,13 +32,15 @@ LOGIT_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 log = logging.getLogger(__name__)
 
 
-def hidden_states(model: PreTrainedModel, batch: PackedBatch, *, packed: bool) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, batch: PackedBatch, *, packed: bool, compiled: CompiledLayers | None = None
+) -> Tensor:
     """Last hidden states of every position of a batch: (L, H), model dtype.
 
     Not `packed`: each segment in a forward pass of its own, behind its prefix, without the plan.
     """
     if packed:
-        return packed_hidden_states(model, batch)
+        return packed_hidden_states(model, batch, compiled)
     plan, ids = batch.plan, batch.input_ids[0]
     outs = []
     for start, size, first, shared in zip(
@@ -58,8 +63,10 @@ def _say(name: str, why: str) -> None:
     log.warning("%s runs one sequence a row: %s", name, why)
 
 
-def packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states of every position of a packed row: (L, H), model dtype.
+def packed_hidden_states(
+    model: PreTrainedModel, batch: PackedBatch, compiled: CompiledLayers | None = None
+) -> Tensor:
+    """Last hidden states of every position of a packed row: (L, H), model dtype; with `compiled` layers if given.
 
     Raises UserError for sequences so long that the model would treat the whole row otherwise.
     """
@@ -73,7 +80,7 @@ def packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         position_ids=batch.position_ids,
         attention_mask=None,
         use_cache=False,  # with a cache the model treats packed sequences as one and they leak
-        plan=batch.plan,
+        plan=batch.plan if compiled is None else compiled.seal(batch.plan),
     )
     return output.last_hidden_state[0]
 

@@ -300,7 +300,9 @@ def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
 def reproducible(row: Mapping[str, Any]) -> dict[str, Any]:
     """A metrics row without clock and memory: what two runs of one seed must agree on."""
     return {
-        key: value for key, value in row.items() if key not in _CLOCK_KEYS and not key.startswith("time/")
+        key: value
+        for key, value in row.items()
+        if key not in _CLOCK_KEYS and not key.startswith(("time/", "compile/"))
     }
 
 
