@@ -1,0 +1,206 @@
+"""The configurations that the planner is held against, and the models of each with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from grpo_fast.config.settings import (
+    DataSettings,
+    LossSettings,
+    OptimSettings,
+    PolicySettings,
+    RewardSettings,
+    RolloutSettings,
+    TrainConfig,
+)
+from grpo_fast.data.prompts import Prompt
+from grpo_fast.engines.local import LocalEngine
+from grpo_fast.fit import Models, work_of
+from grpo_fast.memory.estimate import MemoryEstimate, Planner, Work
+from grpo_fast.models.lora import LoraSettings
+from grpo_fast.models.policy import Policy
+from grpo_fast.models.reward_data import Head, Layout
+from grpo_fast.models.reward_model import RewardModel
+from grpo_fast.optim import Optimizer
+from grpo_fast.run.command import prepare_libraries
+
+PAD, END = "<|pad|>", "<|end|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration; completions always reach their limit."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    family: Literal["qwen2", "llama"] = "qwen2"
+    hidden: int = 512
+    inner: int = 2048
+    layers: int = 8
+    heads: int = 8
+    key_heads: int = 2
+    vocabulary: int = 8192
+    tied: bool = True
+    lora_rank: int = 0
+    checkpointing: bool = False
+    kl: bool = False
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    budget: int = 2048
+    prompts: int = 8
+    group: int = 8
+    prompt: int = 64
+    new: int = 64
+    rows: int = 256
+    reward: bool = True
+    reward_tokens: int = 16384
+
+    def described(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def model(self) -> PreTrainedConfig:
+        """The configuration of policy and reward model."""
+        kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[self.family]
+        return kind(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=32768,
+            pad_token_id=256,
+            bos_token_id=None,
+            eos_token_id=257,
+        )
+
+    def config(self) -> TrainConfig:
+        """The settings of the run."""
+        return TrainConfig(
+            device=self.device,
+            dtype=self.dtype,
+            policy=PolicySettings(
+                model="random", lora_rank=self.lora_rank, gradient_checkpointing=self.checkpointing
+            ),
+            data=DataSettings(prompts="random", max_prompt_tokens=self.prompt, eval_size=1),
+            reward=RewardSettings(model=("random",), overlap="off"),
+            rollout=RolloutSettings(
+                prompts_per_step=self.prompts,
+                group_size=self.group,
+                max_new_tokens=self.new,
+                max_rows=self.rows,
+            ),
+            loss=LossSettings(kl_coef=0.04 if self.kl else 0.0),
+            optim=OptimSettings(optimizer=self.optimizer, token_budget=self.budget),
+        )
+
+
+def work(case: Case) -> Work:
+    """What the planner is told."""
+    lora = LoraSettings(rank=case.lora_rank) if case.lora_rank else None
+    models = Models(policy=case.model(), rewards=(case.model(),) if case.reward else (), lora=lora)
+    return replace(work_of(case.config(), models), reward_tokens=case.reward_tokens)
+
+
+def planned(case: Case) -> MemoryEstimate:
+    return Planner(work(case)).estimate()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """Everything a step needs."""
+
+    config: TrainConfig
+    policy: Policy
+    reference: Policy | None
+    reward: RewardModel | None
+    optimizer: Optimizer
+    engine: LocalEngine
+    prompt: Prompt
+
+
+def built(case: Case) -> Built:
+    """Models with random weights, as a run would hold them."""
+    config = case.config()
+    prepare_libraries(1)
+    vocabulary = {char: i for i, char in enumerate(bytes_to_unicode().values())} | {PAD: 256, END: 257}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=PAD, pad_token=PAD, eos_token=END)
+    dtype = getattr(torch, case.dtype)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(case.model(), dtype=dtype).to(case.device)
+    policy = Policy.from_model(
+        model,
+        tokenizer,
+        lora=LoraSettings(rank=case.lora_rank) if case.lora_rank else None,
+        gradient_checkpointing=case.checkpointing,
+    )
+    reward = None
+    if case.reward:
+        layout = Layout(heads=(Head(name="good"), Head(name="safe")))
+        with torch.device(case.device):
+            reward = RewardModel.from_config(
+                case.model(), tokenizer, layout, dtype=dtype, device=case.device
+            ).eval()
+    optimizer = Optimizer(policy.trainable_parameters(), lr=1e-5, kind=case.optimizer)
+    return Built(
+        config=config,
+        policy=policy,
+        reference=policy.frozen_copy() if case.kl and not policy.is_lora else None,
+        reward=reward,
+        optimizer=optimizer,
+        engine=LocalEngine(policy.model, max_rows=case.rows),
+        prompt=Prompt(text="", token_ids=[], messages=None, columns={}),
+    )
+
+
+_SMALL = {"hidden": 512, "inner": 2048, "layers": 8}  # 30 million parameters and the vocabulary
+_MIDDLE = {"hidden": 768, "inner": 3072, "layers": 12, "heads": 12, "key_heads": 4}  # 100 million
+_LARGE = {"hidden": 1024, "inner": 4096, "layers": 16, "heads": 16, "key_heads": 4}  # 240 million
+_QWEN_HALF = {"hidden": 896, "inner": 4864, "layers": 24, "heads": 14, "key_heads": 2, "vocabulary": 151_936}
+_QWEN_ONE = {"hidden": 1536, "inner": 8960, "layers": 28, "heads": 12, "key_heads": 2, "vocabulary": 151_936}
+_QWEN_SEVEN: dict[str, Any] = {
+    "hidden": 3584,
+    "inner": 18_944,
+    "layers": 28,
+    "heads": 28,
+    "key_heads": 4,
+    "vocabulary": 152_064,
+    "tied": False,
+}
+_GPU: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "prompt": 256, "new": 256, "prompts": 16}
+CASES: dict[str, Case] = {
+    "small": Case(**_SMALL),
+    "small-checkpointing": Case(**_SMALL, checkpointing=True),
+    "small-lora": Case(**_SMALL, lora_rank=16),
+    "small-kl": Case(**_SMALL, kl=True, budget=1024),
+    "small-budget-4096": Case(**_SMALL, budget=4096),
+    "small-llama-50k": Case(**_SMALL, family="llama", tied=False, vocabulary=50_000, budget=1024),
+    "small-150k": Case(**_SMALL, vocabulary=150_000, budget=1024, prompts=4),
+    "small-long": Case(**_SMALL, prompt=512, new=256, prompts=2, group=4, budget=2048),
+    "small-bfloat16": Case(**_SMALL, dtype="bfloat16", budget=1024, prompts=4),
+    "middle": Case(**_MIDDLE, budget=1024, prompts=4),
+    "middle-adafactor": Case(**_MIDDLE, budget=1024, prompts=4, optimizer="adafactor"),
+    "middle-checkpointing": Case(**_MIDDLE, checkpointing=True, prompts=4, group=16, budget=2048, new=32),
+    "middle-lora-checkpointing": Case(**_MIDDLE, lora_rank=8, checkpointing=True, prompts=6, budget=2048, kl=True),
+    "middle-lora-50k": Case(**_MIDDLE, lora_rank=16, vocabulary=50_000, budget=1024, prompts=4, kl=True),
+    "middle-150k-lora": Case(**_MIDDLE, lora_rank=16, vocabulary=150_000, budget=512, prompts=2),
+    "large-checkpointing": Case(**_LARGE, checkpointing=True, budget=512, prompts=2, reward=False),
+    "large-adafactor": Case(
+        **_LARGE, checkpointing=True, optimizer="adafactor", budget=512, prompts=2, kl=True, reward=False
+    ),
+    "large-lora": Case(**_LARGE, lora_rank=16, budget=512, prompts=2),
+    "gpu-0.5b": Case(**_QWEN_HALF, **_GPU, budget=16_384),
+    "gpu-0.5b-checkpointing": Case(**_QWEN_HALF, **_GPU, budget=16_384, checkpointing=True, kl=True),
+    "gpu-0.5b-lora": Case(**_QWEN_HALF, **_GPU, budget=16_384, lora_rank=16),
+    "gpu-1.5b": Case(**_QWEN_ONE, **_GPU, budget=8192),
+    "gpu-1.5b-checkpointing": Case(**_QWEN_ONE, **_GPU, budget=16_384, checkpointing=True),
+    "gpu-7b-lora": Case(**_QWEN_SEVEN, **_GPU, budget=8192, lora_rank=16, checkpointing=True, reward=False),
+    "gpu-7b-adafactor": Case(
+        **_QWEN_SEVEN, **_GPU, budget=8192, checkpointing=True, optimizer="adafactor", reward=False
+    ),
+}  # fmt: skip
