@@ -3,9 +3,10 @@
     python -m benchmarks.memory --output benchmarks/results/memory-cpu.json
     python -m benchmarks.memory --device cuda --output benchmarks/results/memory-cuda.json
 
-Each process builds a policy and a reward model with random weights, and takes two steps of the real code: a rollout with
-the built-in engine, its scoring, an update. Then its peak is read: of the CPU the resident memory, runtime included, of a
-GPU what PyTorch handed out and what it reserved. Prints a row a configuration, draws the picture beside the JSON file.
+Each process builds a policy and a reward model with random weights, and takes two steps of the real code: a rollout
+with the built-in engine, its scoring, an update. Then its peak is read: of the CPU the resident memory, runtime
+included, of a GPU what PyTorch handed out and what it reserved. Prints a row a configuration, and draws the picture
+beside the JSON file.
 """
 
 from __future__ import annotations

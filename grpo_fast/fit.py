@@ -1,4 +1,4 @@
-"""Settings that fit the device, before anything is loaded: chosen where `memory.limit_gib` asks for it, else checked."""
+"""Settings that fit the device, before anything is loaded: chosen where `memory.limit_gib` asks, else checked."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

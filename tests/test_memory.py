@@ -15,7 +15,7 @@ from grpo_fast.attention.plan import DecodePlan
 from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.memory.attention import row_plan
-from grpo_fast.memory.estimate import MemoryEstimate, Planner, Work, estimate, rough_bytes
+from grpo_fast.memory.estimate import Planner, Work, estimate, rough_bytes
 from grpo_fast.memory.passes import (
     completion_positions,
     count_parameters,
@@ -140,9 +140,8 @@ def test_scoring_is_what_the_reward_model_takes():
         _, measured = held_and_peak(lambda: model.read_with_features(batch))
     plan = row_plan(2 * (PROMPT + GROUP * NEW), PROMPT, NEW, GROUP)
     weights, found = scoring_bytes(config_of("qwen2", **WIDE), plan, "cpu", torch.float32)
-    assert (
-        weights == sum(p.nbytes for p in model.model.parameters()) - 64 * 4
-    )  # two outputs by default, here one
+    outputs = 64 * 4  # a configuration has two by default, this model has one
+    assert weights == sum(p.nbytes for p in model.model.parameters()) + outputs
     assert found == pytest.approx(measured, rel=0.15)
 
 
@@ -189,11 +188,7 @@ def test_the_heads_scratch_is_that_of_the_gpu_backend():
 
 def small_work(**changes: Any) -> Work:
     shape: dict[str, Any] = {"prompts": 4, "prompt_tokens": 16, "new_tokens": 16, "token_budget": 512}
-    return Work(policy=config_of("qwen2"), **(shape | changes))
-
-
-def whole(found: MemoryEstimate) -> float:
-    return found.peak / 2**30
+    return Work(**({"policy": config_of("qwen2")} | shape | changes))
 
 
 def test_seven_billion_parameters():
@@ -230,7 +225,8 @@ def test_two_reward_models_cost_two():
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=8)])
 def test_the_rough_bound_is_above_the_estimate(family: str, lora: LoraSettings | None):
-    for new in (16, 200):
-        config = config_of(family, max_position_embeddings=1024, **WIDE)
-        work = Work(policy=config, lora=lora, reference=True, reward_models=(config,), new_tokens=new)
+    config = config_of(family, max_position_embeddings=1024, **WIDE | {"num_hidden_layers": 2})
+    models: dict[str, Any] = {"lora": lora, "reference": True, "reward_models": (config,)}
+    for shape in ({"new_tokens": 16, "token_budget": 1024}, {"new_tokens": 150, "prompts": 1}):
+        work = small_work(**models | {"policy": config, "reward_tokens": 512, "prefill_tokens": 64} | shape)
         assert rough_bytes(work) > estimate(work).peak

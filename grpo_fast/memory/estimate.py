@@ -1,7 +1,7 @@
 """The memory of a run, part by part and phase by phase, before anything is loaded.
 
-On a GPU it is what PyTorch's allocator hands out; on the CPU the process's resident memory. Sequences are taken to be as
-long as the settings allow, and packed rows to be full.
+On a GPU it is what PyTorch's allocator hands out; on the CPU the process's resident memory. Sequences are taken to be
+as long as the settings allow, and packed rows to be full.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What forward and backward passes keep and reach at most: the model itself runs on the meta device and is watched.
 
-Exact for every architecture, adapters and checkpointing included, since it is their own code that runs. Letters: L packed
-positions, N completion tokens, H hidden size, V vocabulary.
+Exact for every architecture, adapters and checkpointing included, since it is their own code that runs. Letters: L
+packed positions, N completion tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
