@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--cases", nargs="+", help="names; default: every one of the device")
     parser.add_argument("--output", help="JSON file; the picture gets its name")
+    parser.add_argument("--again", action="store_true", help="plan anew what --output has measured already")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     import torch
 
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not args.again and not torch.cuda.is_available():
         print("benchmarks.memory: no CUDA device found", file=sys.stderr)
         return 2
     cases = {
@@ -51,15 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, case in CASES.items()
         if (name in args.cases if args.cases else case.device == args.device)
     }
+    known = json.loads(Path(args.output).read_text()) if args.again else {}
+    measured = {row["name"]: row for row in known.get("cases", ())}
     rows = []
     for name, case in cases.items():
-        rows.append(row(name, case))
-        print(line(rows[-1]), flush=True)
+        if not args.again or name in measured:
+            rows.append(row(name, case, measured.get(name)))
+            print(line(rows[-1]), flush=True)
     record = {
         "benchmark": "memory",
-        "device": device_name(args.device),
-        "versions": versions(),
-        "commit": commit(),
+        "device": known.get("device") or device_name(args.device),
+        "versions": known.get("versions") or versions(),
+        "commit": known.get("commit") or commit(),
+        "planned_at": commit(),
         "bar": BAR,
         "cases": rows,
     }
@@ -84,14 +89,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {n: version(n) for n in ("torch", "transformers", "peft")}
 
 
-def row(name: str, case: Case) -> dict[str, Any]:
-    """What was predicted for a case and what its own process measured."""
+def row(name: str, case: Case, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What was predicted for a case and what its own process measured, now or before."""
     started = time.perf_counter()
     estimate = planned(case)
     seconds = time.perf_counter() - started
+    if known is not None:
+        ratio = estimate.peak / known["peak"] if known.get("peak") else None
+        predicted = estimate.parts() | estimate.phases() | {"peak": estimate.peak}
+        return known | {"predicted": predicted, "ratio": ratio}
     command = [sys.executable, "-m", "benchmarks.memory", "--one", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = {"error": None, "ratio": None}
+    found: dict[str, Any] = {"error": None, "ratio": None}
     if done.returncode:
         found["error"] = (done.stderr.strip().splitlines() or ["killed"])[-1]
     else:

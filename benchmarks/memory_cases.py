@@ -50,11 +50,11 @@ class Case:
     checkpointing: bool = False
     kl: bool = False
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    budget: int = 2048
+    budget: int = 512
     prompts: int = 8
-    group: int = 8
-    prompt: int = 64
-    new: int = 64
+    group: int = 4
+    prompt: int = 32
+    new: int = 25
     rows: int = 256
     reward: bool = True
     reward_tokens: int = 16384
@@ -158,49 +158,59 @@ def built(case: Case) -> Built:
     )
 
 
+def _case(*shapes: dict[str, Any], **settings: Any) -> Case:
+    """A case of the shapes put over one another, and its own settings."""
+    merged: dict[str, Any] = {}
+    for shape in (*shapes, settings):
+        merged |= shape
+    return Case(**merged)
+
+
+# Prompts and completions make rows that are exactly full, two or more of them: the peak of a long run.
 _SMALL = {"hidden": 512, "inner": 2048, "layers": 8}  # 30 million parameters and the vocabulary
-_MIDDLE = {"hidden": 768, "inner": 3072, "layers": 12, "heads": 12, "key_heads": 4}  # 100 million
-_LARGE = {"hidden": 1024, "inner": 4096, "layers": 16, "heads": 16, "key_heads": 4}  # 240 million
+_MIDDLE = {"hidden": 768, "inner": 3072, "layers": 12, "heads": 12, "key_heads": 4}  # 105 million
+_LARGE = {"hidden": 1024, "inner": 4096, "layers": 16, "heads": 16, "key_heads": 4}  # 243 million
 _QWEN_HALF = {"hidden": 896, "inner": 4864, "layers": 24, "heads": 14, "key_heads": 2, "vocabulary": 151_936}
 _QWEN_ONE = {"hidden": 1536, "inner": 8960, "layers": 28, "heads": 12, "key_heads": 2, "vocabulary": 151_936}
-_QWEN_SEVEN: dict[str, Any] = {
+_QWEN_SEVEN = {
     "hidden": 3584,
     "inner": 18_944,
     "layers": 28,
     "heads": 28,
     "key_heads": 4,
     "vocabulary": 152_064,
-    "tied": False,
 }
-_GPU: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "prompt": 256, "new": 256, "prompts": 16}
+_GPU = {"device": "cuda", "dtype": "bfloat16", "prompt": 256, "new": 257, "group": 7, "prompts": 32}
 CASES: dict[str, Case] = {
-    "small": Case(**_SMALL),
-    "small-checkpointing": Case(**_SMALL, checkpointing=True),
-    "small-lora": Case(**_SMALL, lora_rank=16),
-    "small-kl": Case(**_SMALL, kl=True, budget=1024),
-    "small-budget-4096": Case(**_SMALL, budget=4096),
-    "small-llama-50k": Case(**_SMALL, family="llama", tied=False, vocabulary=50_000, budget=1024),
-    "small-150k": Case(**_SMALL, vocabulary=150_000, budget=1024, prompts=4),
-    "small-long": Case(**_SMALL, prompt=512, new=256, prompts=2, group=4, budget=2048),
-    "small-bfloat16": Case(**_SMALL, dtype="bfloat16", budget=1024, prompts=4),
-    "middle": Case(**_MIDDLE, budget=1024, prompts=4),
-    "middle-adafactor": Case(**_MIDDLE, budget=1024, prompts=4, optimizer="adafactor"),
-    "middle-checkpointing": Case(**_MIDDLE, checkpointing=True, prompts=4, group=16, budget=2048, new=32),
-    "middle-lora-checkpointing": Case(**_MIDDLE, lora_rank=8, checkpointing=True, prompts=6, budget=2048, kl=True),
-    "middle-lora-50k": Case(**_MIDDLE, lora_rank=16, vocabulary=50_000, budget=1024, prompts=4, kl=True),
-    "middle-150k-lora": Case(**_MIDDLE, lora_rank=16, vocabulary=150_000, budget=512, prompts=2),
-    "large-checkpointing": Case(**_LARGE, checkpointing=True, budget=512, prompts=2, reward=False),
-    "large-adafactor": Case(
-        **_LARGE, checkpointing=True, optimizer="adafactor", budget=512, prompts=2, kl=True, reward=False
+    "small": _case(_SMALL, budget=1024, prompts=16),
+    "small-checkpointing": _case(_SMALL, checkpointing=True, budget=1024, prompts=16),
+    "small-lora": _case(_SMALL, lora_rank=16, budget=1024, prompts=16),
+    "small-kl": _case(_SMALL, kl=True),
+    "small-budget-2048": _case(_SMALL, budget=2048, prompts=32, reward=False),
+    "small-llama-50k": _case(_SMALL, family="llama", tied=False, vocabulary=50_000),
+    "small-150k": _case(_SMALL, vocabulary=150_000),
+    "small-long": _case(_SMALL, prompt=384, new=161, prompts=2, budget=1024),
+    "small-group-16": _case(_SMALL, prompt=64, new=13, group=16, prompts=8, budget=1024),
+    "small-bfloat16": _case(_SMALL, dtype="bfloat16"),
+    "middle": _case(_MIDDLE),
+    "middle-adafactor": _case(_MIDDLE, optimizer="adafactor"),
+    "middle-checkpointing": _case(_MIDDLE, checkpointing=True),
+    "middle-lora": _case(_MIDDLE, lora_rank=8, kl=True),
+    "middle-lora-checkpointing": _case(_MIDDLE, lora_rank=8, checkpointing=True, budget=1024, prompts=16),
+    "middle-lora-50k": _case(_MIDDLE, lora_rank=16, vocabulary=50_000, kl=True),
+    "middle-lora-150k": _case(_MIDDLE, lora_rank=16, vocabulary=150_000),
+    "large-checkpointing": _case(_LARGE, checkpointing=True, budget=256, prompts=4, reward=False),
+    "large-adafactor": _case(_LARGE, optimizer="adafactor", budget=256, prompts=4, reward=False, kl=True),
+    "large-lora": _case(_LARGE, lora_rank=16, budget=256, prompts=4),
+    "gpu-0.5b": _case(_QWEN_HALF, _GPU, budget=16_384),
+    "gpu-0.5b-checkpointing": _case(_QWEN_HALF, _GPU, budget=16_384, checkpointing=True, kl=True),
+    "gpu-0.5b-lora": _case(_QWEN_HALF, _GPU, budget=16_384, lora_rank=16),
+    "gpu-1.5b": _case(_QWEN_ONE, _GPU, budget=8192),
+    "gpu-1.5b-checkpointing": _case(_QWEN_ONE, _GPU, budget=16_384, checkpointing=True),
+    "gpu-7b-lora": _case(
+        _QWEN_SEVEN, _GPU, tied=False, budget=8192, lora_rank=16, checkpointing=True, reward=False
     ),
-    "large-lora": Case(**_LARGE, lora_rank=16, budget=512, prompts=2),
-    "gpu-0.5b": Case(**_QWEN_HALF, **_GPU, budget=16_384),
-    "gpu-0.5b-checkpointing": Case(**_QWEN_HALF, **_GPU, budget=16_384, checkpointing=True, kl=True),
-    "gpu-0.5b-lora": Case(**_QWEN_HALF, **_GPU, budget=16_384, lora_rank=16),
-    "gpu-1.5b": Case(**_QWEN_ONE, **_GPU, budget=8192),
-    "gpu-1.5b-checkpointing": Case(**_QWEN_ONE, **_GPU, budget=16_384, checkpointing=True),
-    "gpu-7b-lora": Case(**_QWEN_SEVEN, **_GPU, budget=8192, lora_rank=16, checkpointing=True, reward=False),
-    "gpu-7b-adafactor": Case(
-        **_QWEN_SEVEN, **_GPU, budget=8192, checkpointing=True, optimizer="adafactor", reward=False
+    "gpu-7b-adafactor": _case(
+        _QWEN_SEVEN, _GPU, tied=False, budget=8192, checkpointing=True, optimizer="adafactor", reward=False
     ),
-}  # fmt: skip
+}

@@ -32,19 +32,19 @@ MINIATURE_PROMPT_TOKENS = 48
 def fitted(config: TrainConfig) -> TrainConfig:
     """The configuration with token budget, checkpointing and rows that fit; a line is printed where they change.
 
-    The limit is `memory.limit_gib`. Without one the settings stay as they are: UserError where they need more than the
-    device has, with the nearest that fits.
+    The limit is `memory.limit_gib`, or the device's memory where that is less. Without `limit_gib` the settings stay as
+    they are: UserError where they need more than the device has, with the nearest that fits.
     """
     device = resolve_device(config)
     planner = Planner(work_of(config, models_of(config)))
-    given = round(config.memory.limit_gib * GIB)
-    limit = given or available_bytes(device)
+    given, available = round(config.memory.limit_gib * GIB), available_bytes(device)
+    limit = min(given or available, available)
     if rough_bytes(planner.work) <= limit:
         return config
     asked = as_asked(planner)
     if asked.estimate.peak <= limit:
         return config
-    where = "memory.limit_gib" if given else f"{device} on this machine"
+    where = "memory.limit_gib" if given == limit else f"{device} on this machine"
     found = choose(planner, limit) if given else None
     if found is None:
         raise UserError(refusal(planner, limit, where))

@@ -59,7 +59,7 @@ def held_and_peak(run: Any) -> tuple[int, int]:
     """Bytes that PyTorch allocated during `run` and holds after it, and the most it held at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         run()
-    events = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    events: list[Any] = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     now = peak = 0
     for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         now += size
@@ -104,7 +104,7 @@ def test_kept_activations_are_those_a_forward_pass_leaves(family: str, kind: str
 
 @pytest.mark.parametrize("kind", ["full", "lora", "checkpointing"])
 def test_the_peak_of_forward_and_backward_is_the_real_one(kind: str):
-    shape = WIDE | {"vocab_size": 2048}
+    shape: dict[str, Any] = WIDE | {"vocab_size": 2048}
     lora = LoraSettings(rank=4) if kind == "lora" else None
     options: dict[str, Any] = {"lora": lora, "gradient_checkpointing": kind == "checkpointing"}
     policy = Policy.from_model(causal_model(**shape), byte_tokenizer(), **options)
@@ -188,12 +188,18 @@ def test_the_heads_scratch_is_that_of_the_gpu_backend():
 
 def small_work(**changes: Any) -> Work:
     shape: dict[str, Any] = {"prompts": 4, "prompt_tokens": 16, "new_tokens": 16, "token_budget": 512}
-    return Work(**({"policy": config_of("qwen2")} | shape | changes))
+    shape["policy"] = config_of("qwen2")
+    return Work(**(shape | changes))
 
 
 def test_seven_billion_parameters():
     gpu: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "reward_dtype": torch.bfloat16}
-    shape: dict[str, Any] = {"token_budget": 8192, "gradient_checkpointing": True, "prompt_tokens": 512}
+    shape: dict[str, Any] = {
+        "token_budget": 8192,
+        "gradient_checkpointing": True,
+        "prompt_tokens": 512,
+        "prompts": 1,
+    }
     planner = Planner(Work(policy=SEVEN_B, **gpu, **shape, max_rows=64))
     full = planner.estimate(reference=True)
     parameters = 7_615_616_512

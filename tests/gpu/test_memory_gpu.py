@@ -1,0 +1,15 @@
+"""The planner against the allocator of a GPU: random weights of Qwen2.5 0.5B's shape, two real steps."""
+
+import pytest
+
+from benchmarks.memory import BAR, row
+from benchmarks.memory_cases import CASES
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("name", ["gpu-0.5b-checkpointing", "gpu-0.5b-lora"])
+def test_the_planned_peak_is_near_the_allocators(name: str):
+    found = row(name, CASES[name])
+    assert found["error"] is None
+    assert found["ratio"] == pytest.approx(1.0, abs=BAR)
