@@ -104,7 +104,8 @@ def work(case: Case) -> Work:
     """What the planner is told."""
     lora = LoraSettings(rank=case.lora_rank) if case.lora_rank else None
     models = Models(policy=case.model(), rewards=(case.model(),) if case.reward else (), lora=lora)
-    return replace(work_of(case.config(), models), reward_tokens=case.reward_tokens)
+    here = work_of(replace(case.config(), device="cpu"), models)  # a GPU's memory can be planned without one
+    return replace(here, device=case.device, reward_tokens=case.reward_tokens)
 
 
 def planned(case: Case) -> MemoryEstimate:

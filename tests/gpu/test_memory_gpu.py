@@ -1,11 +1,15 @@
 """The planner against the allocator of a GPU: random weights of Qwen2.5 0.5B's shape, two real steps."""
 
 import pytest
+import torch
 
 from benchmarks.memory import BAR, row
 from benchmarks.memory_cases import CASES
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("name", ["gpu-0.5b-checkpointing", "gpu-0.5b-lora"])
