@@ -54,11 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     known = json.loads(Path(args.output).read_text()) if args.again else {}
     measured = {row["name"]: row for row in known.get("cases", ())}
-    rows = []
-    for name, case in cases.items():
-        if not args.again or name in measured:
-            rows.append(row(name, case, measured.get(name)))
-            print(line(rows[-1]), flush=True)
     record = {
         "benchmark": "memory",
         "device": known.get("device") or device_name(args.device),
@@ -66,20 +61,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commit": known.get("commit") or commit(),
         "planned_at": commit(),
         "bar": BAR,
-        "cases": rows,
+        "cases": [],
     }
-    ratios = [r["ratio"] for r in rows if r["ratio"]]
+    for name, case in cases.items():
+        if not args.again or name in measured:
+            record["cases"].append(row(name, case, measured.get(name)))
+            print(line(record["cases"][-1]), flush=True)
+            if args.output:  # after each, so that what was measured is kept whatever comes
+                write(record, Path(args.output))
+    rows = record["cases"]
+    ratios = [row["ratio"] for row in rows if row["ratio"]]
     inside = sum(abs(ratio - 1) <= BAR for ratio in ratios)
     if ratios:
-        print(
-            f"{inside} of {len(rows)} within ±{BAR:.0%}; predicted / measured {min(ratios):.3f} to {max(ratios):.3f}"
-        )
+        span = f"predicted / measured {min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"{inside} of {len(rows)} within ±{BAR:.0%}; {span}")
     if args.output:
-        path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        draw(record, path.with_suffix(".png"))
+        draw(record, Path(args.output).with_suffix(".png"))
     return 0 if inside == len(rows) else 1
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """The record as it is by now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:
