@@ -13,17 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
-import subprocess
+import resource
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.loss_head import commit, device_name
-from benchmarks.memory_cases import CASES, Case, planned
+from benchmarks.memory_cases import CASES, Case, built, planned
+from grpo_fast.engines.base import Sampling
+from grpo_fast.grpo import update
+from grpo_fast.rollout import Rollout
+from grpo_fast.scoring import Scored
 
 BAR = 0.15
 
@@ -37,13 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", help="names; default: every one of the device")
     parser.add_argument("--output", help="JSON file; the picture gets its name")
     parser.add_argument("--again", action="store_true", help="plan anew what --output has measured already")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.one:
-        print(json.dumps(measure(CASES[args.one])))
-        return 0
-    import torch
-
     if args.device == "cuda" and not args.again and not torch.cuda.is_available():
         print("benchmarks.memory: no CUDA device found", file=sys.stderr)
         return 2
@@ -53,22 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (name in args.cases if args.cases else case.device == args.device)
     }
     known = json.loads(Path(args.output).read_text()) if args.again else {}
-    measured = {row["name"]: row for row in known.get("cases", ())}
     record = {
         "benchmark": "memory",
         "device": known.get("device") or device_name(args.device),
         "versions": known.get("versions") or versions(),
         "commit": known.get("commit") or commit(),
-        "planned_at": commit(),
         "bar": BAR,
-        "cases": [],
+        "cases": known.get("cases", []),
     }
-    for name, case in cases.items():
-        if not args.again or name in measured:
-            record["cases"].append(row(name, case, measured.get(name)))
-            print(line(record["cases"][-1]), flush=True)
-            if args.output:  # after each, so that what was measured is kept whatever comes
-                write(record, Path(args.output))
+    for name, case in {} if args.again else cases.items():
+        record["cases"].append({"name": name, "settings": case.described(), **measured_alone(case)})
+        print(f"{name:28} {record['cases'][-1]['error'] or 'measured'}", flush=True)
+        if args.output:  # after each, so that what was measured is kept whatever comes
+            write(record, Path(args.output))
+    record["planned_at"] = commit()
+    for row in record["cases"]:
+        row |= prediction(CASES[row["name"]], row["peak"])
+        print(line(row), flush=True)
     rows = record["cases"]
     ratios = [row["ratio"] for row in rows if row["ratio"]]
     inside = sum(abs(ratio - 1) <= BAR for ratio in ratios)
@@ -76,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         span = f"predicted / measured {min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{inside} of {len(rows)} within ±{BAR:.0%}; {span}")
     if args.output:
+        write(record, Path(args.output))
         draw(record, Path(args.output).with_suffix(".png"))
     return 0 if inside == len(rows) else 1
 
@@ -93,29 +97,37 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {n: version(n) for n in ("torch", "transformers", "peft")}
 
 
-def row(name: str, case: Case, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What was predicted for a case and what its own process measured, now or before."""
+def measured_alone(case: Case) -> dict[str, Any]:
+    """`measure` in a process of its own, started anew: a fork would not have the libraries' pages as its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(case, there))
+    process.start()
+    there.close()
+    try:
+        found = here.recv()
+    except EOFError:
+        found = {"error": "its process ended", "phases": {}, "peak": None, "reserved": None}
+    process.join()
+    return found
+
+
+def _send(case: Case, link: Connection) -> None:
+    try:
+        link.send({"error": None, **measure(case)})
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        link.send({"error": what, "phases": {}, "peak": None, "reserved": None})
+
+
+def prediction(case: Case, peak: int | None) -> dict[str, Any]:
+    """What the planner says of a case whose measured peak is known."""
     started = time.perf_counter()
     estimate = planned(case)
-    seconds = time.perf_counter() - started
-    if known is not None:
-        ratio = estimate.peak / known["peak"] if known.get("peak") else None
-        predicted = estimate.parts() | estimate.phases() | {"peak": estimate.peak}
-        return known | {"predicted": predicted, "ratio": ratio}
-    command = [sys.executable, "-m", "benchmarks.memory", "--one", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found: dict[str, Any] = {"error": None, "ratio": None}
-    if done.returncode:
-        found["error"] = (done.stderr.strip().splitlines() or ["killed"])[-1]
-    else:
-        found |= json.loads(done.stdout.strip().splitlines()[-1])
-        found["ratio"] = estimate.peak / found["peak"]
     return {
-        "name": name,
-        "settings": case.described(),
         "predicted": estimate.parts() | estimate.phases() | {"peak": estimate.peak},
-        "planning_s": seconds,
-        **found,
+        "planning_s": time.perf_counter() - started,
+        "ratio": estimate.peak / peak if peak else None,
     }
 
 
@@ -132,41 +144,31 @@ def line(row: dict[str, Any]) -> str:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Two real steps; peaks in bytes after each phase (the CPU's high-water mark only rises)."""
-    import torch
+    """Two real steps, a short one that gives the optimizer its state and a full one.
 
-    from benchmarks.memory_cases import built
-    from grpo_fast.engines.base import Sampling
-    from grpo_fast.grpo import update
-    from grpo_fast.rollout import Rollout
-    from grpo_fast.scoring import Scored
-
+    Peaks in bytes after each phase; they only rise.
+    """
     run = built(case)
-    config, phases, generator = run.config, {}, torch.Generator().manual_seed(0)
-    sampling = Sampling(max_new_tokens=case.new)
-    prompts = [torch.randint(256, (case.prompt,), generator=generator).tolist() for _ in range(case.prompts)]
-    count = case.prompts * case.group
-    phases["load"] = peak_bytes(case)
-    for step in range(2):
-        completions = run.engine.generate(prompts, case.group, sampling, step)
+    phases, generator = {"load": peak_bytes(case)}, torch.Generator().manual_seed(0)
+    for count, new in ((1, 2), (case.prompts, case.new)):
+        sequences = count * case.group
+        prompts = [torch.randint(256, (case.prompt,), generator=generator).tolist() for _ in range(count)]
+        completions = run.engine.generate(prompts, case.group, Sampling(max_new_tokens=new), count)
         phases["generate"] = peak_bytes(case)
         if run.reward is not None:
-            asked = [
-                f"{i:03d}" + "x" * (case.prompt - 3) for i in range(case.prompts) for _ in range(case.group)
-            ]
-            texts = ["y" * (case.new - 1)] * count
-            run.reward.predict(run.reward.encode(asked, texts), case.reward_tokens)
+            asked = [f"{i // case.group:03d}" + "x" * (case.prompt - 3) for i in range(sequences)]
+            run.reward.predict(run.reward.encode(asked, ["y" * (new - 1)] * sequences), case.reward_tokens)
             phases["score"] = peak_bytes(case)
-        nothing = torch.zeros(count, 1)
+        nothing = torch.zeros(sequences, 1)
         rollout = Rollout(
             prompts=[replace(run.prompt, token_ids=ids) for ids in prompts],
-            prompt_of=[i // case.group for i in range(count)],
+            prompt_of=[i // case.group for i in range(sequences)],
             completions=completions,
-            texts=[""] * count,
+            texts=[""] * sequences,
             scored=Scored(rewards=nothing, spread=nothing),
-            advantages=torch.randn(count, generator=generator),
+            advantages=torch.randn(sequences, generator=generator),
         )
-        update(run.policy, run.optimizer, rollout, config, lr=1e-5, reference=run.reference)
+        update(run.policy, run.optimizer, rollout, run.config, lr=1e-5, reference=run.reference)
         phases["update"] = peak_bytes(case)
     reserved = torch.cuda.max_memory_reserved() if case.device == "cuda" else None
     return {"phases": phases, "peak": max(phases.values()), "reserved": reserved}
@@ -174,10 +176,6 @@ def measure(case: Case) -> dict[str, Any]:
 
 def peak_bytes(case: Case) -> int:
     """The process's most resident memory so far, or the most PyTorch had handed out on the GPU."""
-    import resource
-
-    import torch
-
     if case.device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
