@@ -17,6 +17,7 @@ from grpo_fast.constraint import Multipliers
 from grpo_fast.data.queue import PromptQueue
 from grpo_fast.engines.choose import engine_of
 from grpo_fast.evaluate import evaluate, means
+from grpo_fast.fit import fitted
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
 from grpo_fast.miniature.world import OBJECTIVES
@@ -152,8 +153,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _command(argv: list[str] | None) -> int:
     asked = parse(argv, TRAIN)
-    config = asked.config
-    prepare_libraries(config.threads)
+    prepare_libraries(asked.config.threads)
+    config = asked.config if asked.resume else fitted(asked.config)  # a run goes on as it was begun
     inputs = check_inputs(config, own_heads=() if config.policy.model or config.reward.model else OBJECTIVES)
     if asked.dry_run:
         print_plan(config, inputs)

@@ -14,10 +14,10 @@ PACKAGE = ROOT / "grpo_fast"
 # A file imports from its own floor and from lower ones only. `miniature` is a data source beside them.
 FLOORS = {
     1: "errors config data rewards packing attention run report optim trust budget host lowbit",
-    2: "models engines",
+    2: "models engines memory",
     3: "scoring task rollout pipeline evaluate",
     4: "grpo constraint state summary",
-    5: "train plan generate train_reward reward_plan reward_task",
+    5: "train fit plan generate train_reward reward_plan reward_task",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()} | {"miniature": 4.5}
 

@@ -1,4 +1,4 @@
-"""The memory estimate against what a real forward pass keeps."""
+"""What the planner counts against what real tensors take."""
 
 from __future__ import annotations
 
@@ -6,14 +6,31 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, causal_model, config_of
+from grpo_kernels import LossConfig
+from tiny_models import byte_tokenizer, causal_model, config_of, reward_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config
 
-from grpo_fast.models.head import head_of
-from grpo_fast.models.memory import activation_bytes, count_parameters, memory_estimate
+from grpo_fast.attention.plan import DecodePlan
+from grpo_fast.engines.base import Sampling
+from grpo_fast.engines.local import LocalEngine
+from grpo_fast.memory.attention import row_plan
+from grpo_fast.memory.estimate import Planner, Work, estimate, rough_bytes
+from grpo_fast.memory.passes import (
+    completion_positions,
+    count_parameters,
+    meta_policy,
+    scoring_bytes,
+    update_bytes,
+)
+from grpo_fast.memory.scratch import cache_bytes, head_scratch
 from grpo_fast.models.policy import LoraSettings, Policy
-from grpo_fast.packing import pack
+from grpo_fast.models.reward_data import Head
+from grpo_fast.optim import Optimizer
+from grpo_fast.packing import PackedBatch, pack
 
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+PROMPT, NEW, GROUP = 40, 33, 6
 SEVEN_B = Qwen2Config(
     vocab_size=152_064,
     hidden_size=3584,
@@ -25,60 +42,197 @@ SEVEN_B = Qwen2Config(
 )
 
 
+def packed_batch(*, keep_last: bool = False) -> PackedBatch:
+    completions = [[i + 1] * NEW for i in range(2 * GROUP)]
+    owner = [i // GROUP for i in range(2 * GROUP)]
+    (batch,) = pack(
+        [[1] * PROMPT, [2] * PROMPT], completions, prompt_of=owner, token_budget=4096, keep_last=keep_last
+    )
+    return batch
+
+
+def planned_row() -> Any:
+    return row_plan(2 * (PROMPT + GROUP * (NEW - 1)), PROMPT, NEW - 1, GROUP)
+
+
+def held_and_peak(run: Any) -> tuple[int, int]:
+    """Bytes that PyTorch allocated during `run` and holds after it, and the most it held at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
+        run()
+    events: list[Any] = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    now = peak = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        now += size
+        peak = max(peak, now)
+    return now, peak
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
 def test_parameters_are_counted_exactly(family: str):
     model = causal_model(family)
-    counts = count_parameters(config_of(family))
-    assert counts.total == sum(p.numel() for p in model.parameters())
-    assert counts.head == head_of(model).weight.numel()
+    counts = count_parameters(meta_policy(config_of(family)))
+    assert counts.total == counts.trained == sum(p.numel() for p in model.parameters())
     policy = Policy.from_model(model, byte_tokenizer(), lora=LoraSettings(rank=4))
-    assert 4 * counts.lora_per_rank == sum(p.numel() for p in policy.trainable_parameters())
+    counts = count_parameters(meta_policy(config_of(family), lora=LoraSettings(rank=4)))
+    assert counts.trained == counts.adapter == sum(p.numel() for p in policy.trainable_parameters())
+    assert counts.total + counts.adapter == sum(p.numel() for p in policy.parameters())
+    named = LoraSettings(rank=4, target_modules=("q_proj",))
+    assert count_parameters(meta_policy(config_of(family), lora=named)).adapter < counts.adapter
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_near_what_autograd_keeps(checkpointing: bool):
-    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
-    policy = Policy.from_model(causal_model(**wide), byte_tokenizer(), gradient_checkpointing=checkpointing)
-    policy.model.set_attn_implementation("sdpa")  # keeps no probabilities, as on a GPU
-    (batch,) = pack([[1] * 100], [[2] * 101], token_budget=4096)
-    kept: dict[int, int] = {}
-    weights = {p.data_ptr() for p in policy.parameters()}
+def test_the_planned_row_is_the_packed_one():
+    batch, plan = packed_batch(), planned_row()
+    assert sorted(plan.q_lens) == sorted(batch.plan.q_lens)
+    assert sorted(plan.prefix_lens) == sorted(batch.plan.prefix_lens)
+    assert completion_positions(plan) == len(batch.targets)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = policy.hidden_states(batch)
-    measured = sum(kept.values())
-    assert hidden.requires_grad
-    tokens = batch.input_ids.shape[1]
-    config = policy.model.config
-    estimate = activation_bytes(config, tokens=tokens, item=4, gradient_checkpointing=False)
-    if checkpointing:
-        layer_alone = estimate / wide["num_hidden_layers"]
-        estimate = activation_bytes(config, tokens=tokens, item=4, gradient_checkpointing=True) - layer_alone
-    assert measured == pytest.approx(estimate, rel=0.1)
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("kind", ["full", "lora", "checkpointing"])
+def test_kept_activations_are_those_a_forward_pass_leaves(family: str, kind: str):
+    lora = LoraSettings(rank=4) if kind == "lora" else None
+    options: dict[str, Any] = {"lora": lora, "gradient_checkpointing": kind == "checkpointing"}
+    policy = Policy.from_model(causal_model(family, **WIDE), byte_tokenizer(), **options)
+    batch = packed_batch()
+    states: list[torch.Tensor] = []
+    measured, _ = held_and_peak(lambda: states.append(policy.hidden_states(batch)))
+    assert states[0].requires_grad
+    model = meta_policy(config_of(family, **WIDE), **options)
+    found = update_bytes(model, planned_row(), "cpu", micro_batches=1).kept
+    assert found == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "checkpointing"])
+def test_the_peak_of_forward_and_backward_is_the_real_one(kind: str):
+    shape: dict[str, Any] = WIDE | {"vocab_size": 2048}
+    lora = LoraSettings(rank=4) if kind == "lora" else None
+    options: dict[str, Any] = {"lora": lora, "gradient_checkpointing": kind == "checkpointing"}
+    policy = Policy.from_model(causal_model(**shape), byte_tokenizer(), **options)
+    batch = packed_batch()
+    advantages = torch.ones(len(batch.sequence_index))
+    loss = LossConfig.preset("grpo", kl_coef=0.0)
+    _, measured = held_and_peak(lambda: policy(batch, advantages, loss, normalizer=1.0)[0].backward())
+    found = update_bytes(
+        meta_policy(config_of("qwen2", **shape), **options), planned_row(), "cpu", micro_batches=1
+    )
+    scratch = head_scratch(len(batch.targets), 2048, 64, torch.float32, device="cpu", trained=kind != "lora")
+    assert max(found.at_head + scratch, found.peak) == pytest.approx(measured, rel=0.08)
+
+
+def test_the_second_micro_batch_meets_the_gradients_of_the_first():
+    model = meta_policy(config_of("qwen2", **WIDE))
+    one, two = (update_bytes(model, planned_row(), "cpu", micro_batches=n) for n in (1, 2))
+    assert one.gradients == two.gradients == 4 * count_parameters(model).trained
+    assert one.kept == two.kept and one.at_head < two.at_head
+    assert two.at_head - one.at_head == pytest.approx(one.gradients, rel=0.01)
+
+
+def test_narrow_gradients_are_summed_in_float32():
+    model = meta_policy(config_of("qwen2", **WIDE), dtype=torch.bfloat16)
+    found = update_bytes(model, planned_row(), "cpu", micro_batches=2)
+    assert found.gradients == 4 * count_parameters(model).trained
+
+
+def test_scoring_is_what_the_reward_model_takes():
+    model = reward_model([Head(name="a")], **WIDE).eval()
+    batch = packed_batch(keep_last=True)
+    with torch.no_grad():
+        _, measured = held_and_peak(lambda: model.read_with_features(batch))
+    plan = row_plan(2 * (PROMPT + GROUP * NEW), PROMPT, NEW, GROUP)
+    weights, found = scoring_bytes(config_of("qwen2", **WIDE), plan, "cpu", torch.float32)
+    outputs = 64 * 4  # a configuration has two by default, this model has one
+    assert weights == sum(p.nbytes for p in model.model.parameters()) + outputs
+    assert found == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(10, 20), (40, 150)])
+def test_the_cache_is_the_engines(prompt: int, new: int, monkeypatch: pytest.MonkeyPatch):
+    plans: list[DecodePlan] = []
+    begin = DecodePlan.begin
+
+    def remembered(self: DecodePlan, *args: Any) -> None:
+        plans.append(self)
+        begin(self, *args)
+
+    monkeypatch.setattr(DecodePlan, "begin", remembered)
+    engine = LocalEngine(causal_model(), max_rows=6)
+    engine.generate([[1] * prompt, [2] * prompt], 4, Sampling(max_new_tokens=new), 0)
+    held = sum(x.nbytes for cache in (plans[-1].keys, plans[-1].values) for x in cache.values())
+    first, last = cache_bytes(config_of("qwen2"), torch.float32, rows=6, prompt=prompt, new=new)
+    layer = held // 2 // 2  # while a layer's keys move, both exist
+    assert last == held + (layer if first < held else 0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_the_optimizers_state_is_counted(kind: Any):
+    model = causal_model()
+    optimizer = Optimizer(model.parameters(), lr=1e-3, kind=kind)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-3)
+    state = optimizer.inner.state_dict()["state"].values()
+    held = sum(x.nbytes for entry in state for x in entry.values() if torch.is_tensor(x) and x.numel() > 1)
+    found = estimate(small_work(factored=kind == "adafactor")).optimizer
+    assert found == pytest.approx(held, rel=0.01)
+
+
+def test_the_heads_scratch_is_that_of_the_gpu_backend():
+    sizes = pytest.importorskip("grpo_kernels._triton_head", reason="needs triton")._sizes
+    for tokens in (100, 8192, 65_536):
+        for vocabulary in (32_000, 152_064):
+            part, rows = sizes(tokens, vocabulary, 2, True)
+            real = rows * vocabulary * 2 + part * vocabulary * 4 + 2 * rows * 896 * 4
+            found = head_scratch(tokens, vocabulary, 896, torch.bfloat16, device="cuda", trained=False)
+            assert found == pytest.approx(real, rel=0.2)
+
+
+def small_work(**changes: Any) -> Work:
+    shape: dict[str, Any] = {"prompts": 4, "prompt_tokens": 16, "new_tokens": 16, "token_budget": 512}
+    shape["policy"] = config_of("qwen2")
+    return Work(**(shape | changes))
 
 
 def test_seven_billion_parameters():
-    options: dict[str, Any] = {
-        "dtype": torch.bfloat16,
-        "token_budget": 16_384,
+    gpu: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "reward_dtype": torch.bfloat16}
+    shape: dict[str, Any] = {
+        "token_budget": 8192,
         "gradient_checkpointing": True,
+        "prompt_tokens": 512,
+        "prompts": 1,
     }
-    full = memory_estimate(SEVEN_B, needs_reference=True, rollout_rows=64, rollout_tokens=1024, **options)
-    assert full.parameters == full.reference == 2 * 7_615_616_512
-    assert full.optimizer == 12 * 7_615_616_512
-    assert full.kv_cache == 64 * 1024 * 2 * 28 * 4 * 128 * 2
-    lora = memory_estimate(SEVEN_B, lora_rank=16, needs_reference=True, reward_models=[SEVEN_B], **options)
-    assert lora.reference == 0 and lora.optimizer < 1e9 < lora.parameters
-    assert lora.reward_model > 4 * (7.6e9 - 2 * 152_064 * 3584)
-    two = memory_estimate(SEVEN_B, lora_rank=16, reward_models=[SEVEN_B, SEVEN_B], **options)
-    assert two.reward_model == 2 * lora.reward_model
-    half = memory_estimate(SEVEN_B, reward_models=[SEVEN_B], reward_dtype=torch.bfloat16, **options)
-    assert 2 * half.reward_model == lora.reward_model
-    assert full.total > 120 * 2**30 > 60 * 2**30 > lora.total - lora.reward_model > lora.parameters
-    assert lora.as_dict()["total"] == lora.total
+    planner = Planner(Work(policy=SEVEN_B, **gpu, **shape, max_rows=64))
+    full = planner.estimate(reference=True)
+    parameters = 7_615_616_512
+    assert full.parameters == full.reference == 2 * parameters
+    assert full.optimizer == 12 * parameters and full.gradients == 4 * parameters
+    assert full.runtime == full.heap == 0
+    eight_bit = planner.estimate(reference=True, state_bytes=2.0)
+    assert full.peak - eight_bit.peak == 6 * parameters
+    on_host = planner.estimate(optimizer_on_host=True)
+    assert on_host.optimizer == 0 and on_host.gradients == full.gradients
+    assert planner.estimate(activations_on_host=True).activations < full.activations
+    lora = Planner(
+        Work(policy=SEVEN_B, **gpu, **shape, max_rows=64, lora=LoraSettings(rank=16), reference=True)
+    )
+    adapter = lora.estimate()
+    assert adapter.reference == 0 and adapter.optimizer < 1e9 < adapter.parameters
+    assert adapter.peak < 2**30 * 32 < 2**30 * 128 < full.peak
+    four_bit = lora.estimate(frozen_bytes=0.5)
+    linear = parameters - 2 * 152_064 * 3584
+    assert adapter.parameters - four_bit.parameters == pytest.approx(1.5 * linear, rel=0.001)
+
+
+def test_two_reward_models_cost_two():
+    one, two = (estimate(small_work(reward_models=(config_of("qwen2"),) * n)) for n in (1, 2))
+    assert two.reward_models == 2 * one.reward_models and two.scoring == one.scoring > 0
+    assert one.score > 0 == estimate(small_work()).score
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=8)])
+def test_the_rough_bound_is_above_the_estimate(family: str, lora: LoraSettings | None):
+    config = config_of(family, max_position_embeddings=1024, **WIDE | {"num_hidden_layers": 2})
+    models: dict[str, Any] = {"lora": lora, "reference": True, "reward_models": (config,)}
+    for shape in ({"new_tokens": 16, "token_budget": 1024}, {"new_tokens": 150, "prompts": 1}):
+        work = small_work(**models | {"policy": config, "reward_tokens": 512, "prefill_tokens": 64} | shape)
+        assert rough_bytes(work) > estimate(work).peak

@@ -1,0 +1,1 @@
+"""How much memory a run will need, part by part, from configurations alone, and the settings that fit a limit."""

@@ -1,0 +1,83 @@
+"""Bytes of what works beside a model: the loss head, the key-value cache, sampling.
+
+B rows decoding, P prompts of a prefill, V vocabulary, H hidden size, N completion tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from grpo_kernels._torch_head import BLOCK_BYTES, MOST_ROWS, SCRATCH_BYTES
+from transformers import PreTrainedConfig
+
+from grpo_fast.attention.plan import DecodePlan
+
+# Of the CUDA backend of the head, whose module needs triton: E′ of a chunk, logits of a part, tokens of a chunk.
+STORED_BYTES, LOGITS_BYTES, CHUNK_ROWS = 1280 << 20, 224 << 20, 4096
+
+
+def head_scratch(
+    tokens: int,  # N
+    vocabulary: int,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    device: str,
+    trained: bool,
+    entropy: bool = False,
+) -> int:
+    """What the loss head holds beside its results: kept exponentials, logits, and a trained head's float32 dW."""
+    if device == "cuda":
+        rows = max(1, min(tokens, CHUNK_ROWS, STORED_BYTES // (dtype.itemsize * vocabulary)))
+        part = max(1, min(rows, LOGITS_BYTES // (4 * vocabulary)))
+        scratch = rows * vocabulary * dtype.itemsize + part * vocabulary * 4 + 2 * rows * hidden * 4
+        summed = trained and dtype != torch.float32 and tokens > rows
+        return scratch + (4 * vocabulary * hidden if summed else 0)
+    matrices = 2 if entropy else 1
+    keeps = trained or entropy
+    most = max(1, SCRATCH_BYTES // (4 * matrices * vocabulary)) if keeps else MOST_ROWS
+    rows = min(MOST_ROWS, math.ceil(tokens / max(1, math.ceil(tokens / most))))
+    block = min(vocabulary, max(256, BLOCK_BYTES // (4 * rows)))
+    columns = matrices * vocabulary if keeps else block
+    narrow = dtype != torch.float32
+    weights = 4 * block * hidden if narrow else 0
+    summed = 4 * vocabulary * hidden if trained and narrow else 0
+    return 4 * rows * (columns + block) + weights + 4 * 3 * rows * hidden + summed
+
+
+def cache_bytes(
+    config: PreTrainedConfig, dtype: torch.dtype, *, rows: int, prompt: int, new: int
+) -> tuple[int, int]:
+    """Bytes of the built-in engine's cache when the first rows enter, and at its largest.
+
+    Room for a row grows as `DecodePlan` makes it; while it does, one layer's cache exists twice.
+    """
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    row = 2 * text.num_hidden_layers * heads * width * dtype.itemsize
+    plan = DecodePlan(rows)
+    plan.reserve(prompt + 1)
+    first = rows * plan.slots * row
+    slots = plan.slots
+    for span in range(prompt + 1, prompt + new):
+        plan.reserve(span)
+    grown = plan.slots > slots
+    last = rows * plan.slots * row
+    return first, last + (last // text.num_hidden_layers // 2 if grown else 0)
+
+
+def sampling_bytes(rows: int, vocabulary: int, dtype: torch.dtype, *, softcap: bool, truncates: bool) -> int:
+    """Logits of `rows` and what drawing from them takes: sorted copies where top-p or the like cuts the tail."""
+    logits = 4 + (dtype.itemsize if dtype != torch.float32 else 0)
+    drawing = (8 if softcap else 0) + (29 if truncates else 0)
+    return rows * vocabulary * (logits + drawing)
+
+
+def decode_bytes(config: PreTrainedConfig, dtype: torch.dtype, *, rows: int, span: int) -> int:
+    """The largest layer's work on one token a row: scores and their softmax, or the gated MLP."""
+    text = config.get_text_config(decoder=True)
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    scores = rows * span * (2 * 4 * text.num_attention_heads + 4)
+    return max(scores, 4 * rows * inner * dtype.itemsize) + 4 * rows * text.hidden_size * 4
