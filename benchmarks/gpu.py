@@ -4,7 +4,8 @@
 
 Runs the loss head in bf16 at the head shapes of Qwen2.5 (0.5B, 1.5B, 7B, 14B), trained, frozen and forward
 only, against the cuBLAS time of the same products in the same run; then the two elementwise operations against the
-time of a copy of the same bytes. A shape that fails is reported and the others go on.
+time of a copy of the same bytes; then whole steps at 0.5B, 1.5B and 7B (`benchmarks.step`). What fails is reported and
+the others go on.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from grpo_kernels import LossConfig, group_advantages, grpo_loss
 
 from benchmarks import loss_head
+from benchmarks.step import gpu as steps
 
 SHAPES = (
     "8192,896,151936",
@@ -42,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--contenders", default="products,triton,fused,eager,compiled,liger,liger_cross_entropy"
     )
+    parser.add_argument("--step-cases", nargs="*", default=[], help="whole steps: only these cases")
+    parser.add_argument(
+        "--step-seconds", type=float, default=480, help="whole steps: no case begins after this"
+    )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device found", file=sys.stderr)
@@ -63,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
                 failed.append(name)
     (folder / "elementwise.json").write_text(json.dumps(elementwise(), indent=1) + "\n")
     print(f"{len(args.shapes) * len(MODES) - len(failed)} runs done, {len(failed)} failed: {failed}")
-    return 1 if failed else 0
+    torch.cuda.empty_cache()  # the steps run in processes of their own
+    code = steps.run_cases(folder, args.step_cases, args.step_seconds)
+    return 1 if failed else code
 
 
 def elementwise(device: str = "cuda", *, repeats: int = 30) -> dict[str, Any]:

@@ -57,7 +57,9 @@ class Fixed:
 
 
 @torch.no_grad()
-def fixed_batch(model: PreTrainedModel, *, prompts: int = 4, group: int = 4, width: int = 24, seed: int = 0) -> Fixed:
+def fixed_batch(
+    model: PreTrainedModel, *, prompts: int = 4, group: int = 4, width: int = 24, seed: int = 0
+) -> Fixed:
     """Random tokens; old log-probs are the model's own, moved by a tenth."""
     draw = torch.Generator().manual_seed(seed)
     vocabulary = model.config.vocab_size - 2
@@ -71,7 +73,9 @@ def fixed_batch(model: PreTrainedModel, *, prompts: int = 4, group: int = 4, wid
     owner = [p for p in range(prompts) for _ in range(group)]
     old = []
     for p, ids in zip(owner, replies, strict=True):
-        logits = model(input_ids=torch.tensor([asked[p] + ids]), use_cache=False).logits[0, -len(ids) - 1 : -1]
+        logits = model(input_ids=torch.tensor([asked[p] + ids]), use_cache=False).logits[
+            0, -len(ids) - 1 : -1
+        ]
         logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
         old.append(logprobs + 0.1 * torch.randn(len(ids), generator=draw))
     advantages = torch.randn(len(owner), generator=draw)
@@ -135,7 +139,10 @@ def through_logits(model: PreTrainedModel, fixed: Fixed) -> float:
 
 
 def compare(
-    policy: Policy, model: PreTrainedModel, fixed: Fixed, trl: tuple[float, Mapping[str, Tensor]] | None = None
+    policy: Policy,
+    model: PreTrainedModel,
+    fixed: Fixed,
+    trl: tuple[float, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Relative errors of each contender's loss and gradients against float64; AssertionError past `LIMIT`."""
     exact = copy.deepcopy(model).double()
@@ -158,9 +165,9 @@ def compare(
         found["TRL"] = trl[0], dict(trl[1])
     errors = {}
     for name, (loss, gradients) in found.items():
-        scale = sum(g.square().sum() for g in truth.values()).sqrt()
-        off = sum((gradients[key].double() - g).square().sum() for key, g in truth.items()).sqrt()
-        errors[name] = {"loss": abs(loss - true_loss) / abs(true_loss), "gradient": (off / scale).item()}
+        scale = sum(g.square().sum().item() for g in truth.values())
+        off = sum((gradients[key].double() - g).square().sum().item() for key, g in truth.items())
+        errors[name] = {"loss": abs(loss - true_loss) / abs(true_loss), "gradient": (off / scale) ** 0.5}
         assert max(errors[name].values()) <= LIMIT, f"{name} differs from float64: {errors[name]}"
     return errors
 

@@ -6,6 +6,7 @@ Letters: P prompts, G completions a prompt, S = P·G, T tokens of a row.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -21,11 +22,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from benchmarks.step import reward
 from benchmarks.step.work import LEARNING_RATE, Size, config_of, task_of
 from grpo_fast.config.settings import TrainConfig
+from grpo_fast.engines.base import Completion
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.grpo import update
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
-from grpo_fast.rollout import collect, rollout_metrics
+from grpo_fast.rollout import Rollout, collect, rollout_metrics
+from grpo_fast.scoring import Scored
+from grpo_fast.task import Task
 
 PEER = Path(__file__).parents[1] / "peers" / "trl_grpo.py"
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
@@ -80,6 +84,22 @@ class OurStep:
         metrics = update(self.policy, self.optimizer, rollout, self.config, lr=LEARNING_RATE)
         self.engine.push(self.policy.model.named_parameters(), self.taken)
         return metrics | rollout_metrics(rollout, scorer.names, self.config.rollout.group_size)
+
+
+def random_rollout(task: Task, size: Size) -> Rollout:
+    """Random completions with random advantages, as `collect` would hand them over."""
+    draw = torch.Generator().manual_seed(0)
+    count, vocabulary = size.prompts * size.group, len(task.policy.tokenizer) - 2
+    ids = torch.randint(vocabulary, (count, size.new_tokens), generator=draw).tolist()
+    logprobs = torch.full((size.new_tokens,), -math.log(vocabulary))
+    return Rollout(
+        prompts=task.prompts,
+        prompt_of=[p for p in range(size.prompts) for _ in range(size.group)],
+        completions=[Completion(row, logprobs, "length", 0) for row in ids],
+        texts=[""] * count,
+        scored=Scored(rewards=torch.zeros(count, 1), spread=torch.zeros(count, 1)),
+        advantages=torch.randn(count, generator=draw),
+    )
 
 
 class PlainStep:
@@ -150,6 +170,13 @@ class Generate:
         return self.model.generate(prompt_ids, attention_mask=mask, generation_config=self.config)  # type: ignore
 
 
+def batching(device: torch.device | str, sequences: int) -> dict[str, Any]:
+    """Continuous batching sizes itself by the GPU's memory; on a CPU it is told, and much faster for it."""
+    return (
+        {} if torch.device(device).type == "cuda" else {"num_blocks": 2 * sequences, "max_batch_tokens": 4096}
+    )
+
+
 class GenerateBatch:
     """transformers' continuous batching. Every sequence is a request of its own: several of one prompt get lost."""
 
@@ -161,7 +188,10 @@ class GenerateBatch:
             do_sample=True, top_k=0, max_new_tokens=size.new_tokens, eos_token_id=-1,
             pad_token_id=model.generation_config.pad_token_id,
         )  # fmt: skip
-        self.batching = ContinuousBatchingConfig(max_memory_percent=0.2, allow_block_sharing=False)
+        sequences = size.prompts * size.group
+        self.batching = ContinuousBatchingConfig(
+            allow_block_sharing=False, **batching(model.device, sequences)
+        )
 
     @torch.no_grad()
     def __call__(self, prompt_ids: Tensor) -> list[list[int]]:

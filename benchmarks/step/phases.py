@@ -60,7 +60,7 @@ class Clock:
         """Seconds by phase of everything from the first mark to the last; forgets the marks."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        found = dict.fromkeys(PHASES, 0.0)
+        found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         for (phase, start), (_, end) in pairwise(self._marks):
             found[phase] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
         self._marks = []
@@ -133,7 +133,7 @@ def watched(policy: Policy, optimizer: Optimizer) -> Iterator[Clock]:
 
     AttentionInterface.register(ATTENTION_NAME, timed_attention)
     optimizer.step = timed_step
-    torch.cuda.CUDAGraph.replay = timed_replay
+    torch.cuda.CUDAGraph.replay = timed_replay  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield clock
     finally:
