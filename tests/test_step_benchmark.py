@@ -81,7 +81,7 @@ def test_a_contender_with_other_gradients_stops_the_run():
     fixed = agreement.fixed_batch(plain, prompts=2, group=2, width=8)
     agreement.compare(policy, plain, fixed)
     with torch.no_grad():
-        policy.model.base_model.norm.weight.mul_(1.001)
+        policy.model.get_submodule("model.norm").get_parameter("weight").mul_(1.001)
     with pytest.raises(AssertionError, match="packed to 8192, prompts shared differs from float64"):
         agreement.compare(policy, plain, fixed)
     wrong = {name: torch.zeros_like(parameter) for name, parameter in plain.named_parameters()}
@@ -140,7 +140,7 @@ def test_a_clock_watches_without_changing_the_gradient():
 
 def test_marks_belong_to_the_phase_they_begin(monkeypatch):
     times = iter([1.0, 2.0, 4.0, 7.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("benchmarks.step.timing.clock", lambda: next(times))
     clock = Clock("cpu")
     with clock.timer("generate"):
         assert clock.generating

@@ -32,10 +32,13 @@ def answer(found: dict) -> None:
 class OnDemand(TrainerCallback):
     """Waits for a line before every step; the end of the input ends the training."""
 
+    def __init__(self, clock: str) -> None:
+        self.clock = time.process_time if clock == "cpu" else time.perf_counter
+
     def _wait(self, control) -> None:
         if not sys.stdin.readline():
             control.should_training_stop = True
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._wait(control)
@@ -43,7 +46,7 @@ class OnDemand(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if args.device.type == "cuda":
             torch.cuda.synchronize()
-        answer({"seconds": time.perf_counter() - self.started})
+        answer({"seconds": self.clock() - self.started})
         self._wait(control)
 
 
@@ -102,7 +105,7 @@ def main() -> None:
         reward_funcs=even_digits,
         train_dataset=Dataset.from_list([{"prompt": text} for text in spec["texts"]]),
         processing_class=tokenizer,
-        callbacks=[OnDemand()],
+        callbacks=[OnDemand(spec["clock"])],
     )
     trainer.eos_token_ids = [-1]  # nothing ends a completion early, here as for the other contenders
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

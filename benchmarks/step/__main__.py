@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.loss_head import commit, device_name, versions
-from benchmarks.step import cpu
+from benchmarks.step import cpu, timing
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
 from grpo_fast.run.metrics import write_atomically
 
@@ -37,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[], help="CPU: only these")
     parser.add_argument("--quick", action="store_true", help="CPU: every part once, very small")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="CPU: wall seconds, or CPU seconds of the process (--threads 1), where others use the machine too",
+    )
     parser.add_argument("--cases", nargs="+", default=[], help="GPU: only these")
     parser.add_argument("--seconds", type=float, default=480, help="GPU: no case begins after this")
     parser.add_argument("--output", type=Path, help="CPU: the JSON file; GPU: the folder of the JSON files")
@@ -48,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu.run_cases(
             args.output or Path("benchmarks/results"), args.cases, args.seconds, args.peer_python
         )
+    if args.clock == "cpu":
+        timing.clock = time.process_time
     with tempfile.TemporaryDirectory() as folder:
         measured = cpu.run(
             Path(folder),
@@ -56,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             quick=args.quick,
             parts=tuple(args.parts),
         )
-    record = header("cpu") | measured
+    record = header("cpu") | {"clock": args.clock} | measured
     print(table(record))
     if args.output or not args.quick:
         output = args.output or Path("benchmarks/results/step-cpu.json")

@@ -7,6 +7,7 @@ term, AdamW; the same weights at the start. Runs on a GPU too, but is sized for 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.step import agreement, savings
+from benchmarks.step import agreement, savings, timing
 from benchmarks.step.contenders import (
     KEPT_MEMORY,
     Generate,
@@ -156,6 +157,7 @@ def peer_spec(folder: Path, size: Size) -> dict[str, Any]:
         "checkpointing": False,
         "continuous_batching": None,
         "batch": None,
+        "clock": "cpu" if timing.clock is time.process_time else "wall",
     }
 
 

@@ -11,7 +11,6 @@ engine does between its passes; `other` advantages, packing, metrics.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from benchmarks.step import timing
 from grpo_fast.attention.function import ATTENTION_NAME, attention
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim import Optimizer
@@ -39,7 +39,7 @@ class Clock:
     def enter(self, phase: str) -> None:
         """From here on the time belongs to `phase`."""
         if not self.on_gpu:
-            self._marks.append((phase, time.perf_counter()))
+            self._marks.append((phase, timing.clock()))
         elif not torch.cuda.is_current_stream_capturing():
             event = torch.cuda.Event(enable_timing=True)
             event.record()

@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 
+clock: Callable[[], float] = time.perf_counter
+"""What times a CPU's work: wall time, or `time.process_time` where other processes use the machine too."""
+
 
 def seconds(run: Callable[[], Any], device: str = "cpu") -> float:
-    """Wall time of one call, the GPU's work included."""
+    """Time of one call, the GPU's work included."""
     if device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def take_turns(
