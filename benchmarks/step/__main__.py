@@ -57,20 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.clock == "cpu":
         timing.clock = time.process_time
+    output = args.output or (None if args.quick else Path("benchmarks/results/step-cpu.json"))
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        measured = cpu.run(
+        for measured in cpu.run(
             Path(folder),
             peer_python=args.peer_python,
             repeats=2 if args.quick else args.repeats,
             quick=args.quick,
             parts=tuple(args.parts),
-        )
-    record = header("cpu") | {"clock": args.clock} | measured
+        ):
+            record = header("cpu") | {"clock": args.clock} | measured
+            if output:
+                write_atomically(output, json.dumps(record, indent=1) + "\n")
     print(table(record))
-    if args.output or not args.quick:
-        output = args.output or Path("benchmarks/results/step-cpu.json")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, json.dumps(record, indent=1) + "\n")
     return 0
 
 

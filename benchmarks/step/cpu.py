@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ BARS = {
 
 def run(
     folder: Path, *, peer_python: str | None, repeats: int, quick: bool = False, parts: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Every part asked for (all without `parts`), as a record: raw samples, medians, ratios and the bars they meet.
+) -> Iterator[dict[str, Any]]:
+    """Yields the record after every part asked for (all without `parts`): raw samples, medians, ratios, bars.
 
     `folder` is scratch space. AssertionError where contenders disagree about loss or gradients.
     """
@@ -78,7 +78,7 @@ def run(
         elif part == "skipping":
             many = Size(prompts=4, group=2, new_tokens=8) if quick else Size(prompts=16, new_tokens=64)
             record["skipping"] = savings.skipping(many, repeats=repeats)
-    return record | {"bars": _bars(record)}
+        yield record | {"bars": _bars(record)}
 
 
 def _policy(folder: Path) -> Policy:

@@ -115,7 +115,7 @@ def packing(
     positions: dict[str, int] = {}
     for name, share in (("packed", False), ("packed, prompts shared", True)):
         runs[name], positions[name] = _packed(policy, asked, replies, owner, advantages, share=share)
-    heights = [height for height in (8, 16, 32, 64) if height <= len(owner)]
+    heights = [height for height in (8, 16, 32) if height <= len(owner)]
     by_length = sorted(range(len(owner)), key=lambda i: len(asked[owner[i]]) + len(replies[i]))
     for order, indices in (("in order", list(range(len(owner)))), ("sorted", by_length)):
         for height in heights:
