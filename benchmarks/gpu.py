@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--step-cases", nargs="*", default=[], help="whole steps: only these cases")
     parser.add_argument(
-        "--step-seconds", type=float, default=480, help="whole steps: no case begins after this"
+        "--step-seconds", type=float, default=480, help="whole steps: they take no longer than this"
     )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -26,8 +26,6 @@ from benchmarks.step import cpu, timing
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
 from grpo_fast.run.metrics import write_atomically
 
-PARTS = ("step", "generation", "phases", "prefix", "packing", "skipping")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit code 1 where a GPU case failed."""
@@ -35,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peer-python", help="a Python with trl installed; without it TRL is not measured")
     parser.add_argument("--repeats", type=int, default=9, help="CPU: rounds after the warm-up")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[], help="CPU: only these")
+    parser.add_argument("--parts", nargs="+", choices=cpu.PARTS, default=[], help="CPU: only these")
     parser.add_argument("--quick", action="store_true", help="CPU: every part once, very small")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument(
@@ -45,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="CPU: wall seconds, or CPU seconds of the process (--threads 1), where others use the machine too",
     )
     parser.add_argument("--cases", nargs="+", default=[], help="GPU: only these")
-    parser.add_argument("--seconds", type=float, default=480, help="GPU: no case begins after this")
+    parser.add_argument("--seconds", type=float, default=480, help="GPU: the cases take no longer than this")
     parser.add_argument("--output", type=Path, help="CPU: the JSON file; GPU: the folder of the JSON files")
     args = parser.parse_args(argv)
     prepare_libraries(args.threads)
