@@ -3,9 +3,9 @@
     python -m benchmarks.gpu --output benchmarks/results
 
 Runs the loss head in bf16 at the head shapes of Qwen2.5 (0.5B, 1.5B, 7B, 14B), trained, frozen and forward
-only, against the cuBLAS time of the same products in the same run; the layers of
-the same models as they are, compiled and with Liger; then the two elementwise operations against the time of a copy of
-the same bytes. A shape that fails is reported and the others go on.
+only, against the cuBLAS time of the same products in the same run; the layers of the same models as they are, compiled
+and with Liger; the two elementwise operations against the time of a copy of the same bytes; the memory planner against
+the allocator; then whole steps at 0.5B, 1.5B and 7B (`benchmarks.step`). What fails is reported and the others go on.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from grpo_kernels import LossConfig, group_advantages, grpo_loss
 
-from benchmarks import body, loss_head
+from benchmarks import body, loss_head, memory
+from benchmarks.step import gpu as steps
 
 SHAPES = (
     "8192,896,151936",
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--contenders", default="products,triton,fused,eager,compiled,liger,liger_cross_entropy"
     )
+    parser.add_argument("--step-cases", nargs="*", default=[], help="whole steps: only these cases")
+    parser.add_argument(
+        "--step-seconds", type=float, default=480, help="whole steps: they take no longer than this"
+    )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device found", file=sys.stderr)
@@ -62,15 +67,20 @@ def main(argv: list[str] | None = None) -> int:
                 code = 1
             if code:
                 failed.append(name)
-    try:
-        if body.main(["--device", "cuda", "--output", str(folder / "body.json")]):
-            failed.append("body.json")
-    except Exception as error:
-        print(f"body.json: {type(error).__name__}: {error}", file=sys.stderr)
-        failed.append("body.json")
+    for suite, run in (("body", body.main), ("memory", memory.main)):
+        name = f"{suite}.json"
+        try:
+            code = run(["--device", "cuda", "--output", str(folder / name)])
+        except (Exception, SystemExit) as error:
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            code = 1
+        if code:
+            failed.append(name)
     (folder / "elementwise.json").write_text(json.dumps(elementwise(), indent=1) + "\n")
-    print(f"{len(args.shapes) * len(MODES) + 1 - len(failed)} runs done, {len(failed)} failed: {failed}")
-    return 1 if failed else 0
+    print(f"{len(args.shapes) * len(MODES) + 2 - len(failed)} runs done, {len(failed)} failed: {failed}")
+    torch.cuda.empty_cache()  # the steps run in processes of their own
+    code = steps.run_cases(folder, args.step_cases, args.step_seconds)
+    return 1 if failed else code
 
 
 def elementwise(device: str = "cuda", *, repeats: int = 30) -> dict[str, Any]:

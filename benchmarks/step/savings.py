@@ -1,0 +1,246 @@
+"""What work that is not done saves: shared prompts, no padding, sequences without signal.
+
+Each compares seconds of the update's forward and backward passes with what counting says. The loss head is the same on
+both sides, so only the body's work differs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from grpo_kernels import LossConfig, linear_grpo_loss
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.step.contenders import OurStep, random_rollout
+from benchmarks.step.timing import medians, take_turns
+from benchmarks.step.work import TINY, Shape, Size, config_of, model_of, tokenizer_of
+from grpo_fast.grpo import update
+from grpo_fast.models.policy import Policy
+from grpo_fast.packing import pack
+
+LOSS = LossConfig.preset("grpo", kl_coef=0.0)
+SAME = 1e-4
+"""Largest relative difference between two ways' gradients (float32, as one vector) before they are timed."""
+
+
+def prefix(
+    shape: Shape, cases: Sequence[tuple[int, int]], *, repeats: int, group: int = 8
+) -> list[dict[str, Any]]:
+    """Sharing a prompt of a group's completions, on and off: the saving reached over the one that tokens predict."""
+    tokenizer = tokenizer_of(shape.vocabulary)
+    policy = Policy.from_model(model_of(shape, tokenizer), tokenizer)
+    rows = []
+    for prompt, completion in cases:
+        draw = torch.Generator().manual_seed(0)
+        asked = [torch.randint(shape.vocabulary, (prompt,), generator=draw).tolist()]
+        replies = [
+            torch.randint(shape.vocabulary, (completion,), generator=draw).tolist() for _ in range(group)
+        ]
+        advantages = torch.randn(group, generator=draw)
+        runs = {
+            name: _packed(policy, asked, replies, [0] * group, advantages, share=share)
+            for name, share in (("shared", True), ("each its own", False))
+        }
+        _same_gradients({name: (policy.model, run) for name, (run, _) in runs.items()})
+        timed = {name: _cleared(policy.model, run) for name, (run, _) in runs.items()}
+        samples = take_turns(timed, repeats=repeats, warmup=0)
+        median = medians(samples)
+        tokens = {name: count for name, (_, count) in runs.items()}
+        saved = 1 - median["shared"] / median["each its own"]
+        predicted = 1 - tokens["shared"] / tokens["each its own"]
+        rows.append(
+            {
+                "prompt": prompt,
+                "completion": completion,
+                "tokens": tokens,
+                "samples_s": samples,
+                "saved": saved,
+                "predicted": predicted,
+                "reached": saved / predicted,
+            }
+        )
+    return rows
+
+
+def _packed(
+    policy: Policy,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    owner: list[int],
+    advantages: Tensor,
+    *,
+    share: bool,
+    budget: int = 8192,
+) -> tuple[Callable[[], None], int]:
+    """A forward and backward pass over everything, and how many positions it has."""
+    batches = pack(prompts, completions, prompt_of=owner, token_budget=budget, share_prefix=share)
+
+    def run() -> None:
+        for batch in batches:
+            loss, _ = policy(
+                batch, advantages[batch.sequence_index], LOSS, normalizer=float(len(completions))
+            )
+            loss.backward()
+
+    return run, sum(batch.input_ids.shape[1] for batch in batches)
+
+
+def packing(
+    *, prompts: int, group: int, repeats: int, longest: int = 512, shape: Shape = TINY
+) -> dict[str, Any]:
+    """Log-normal lengths (median 64, sigma 0.8): packed rows against rectangles of several heights.
+
+    `in order`: batches as they come, each padded on the right to its longest sequence; `sorted`: batches of neighbours
+    in length, the stronger baseline. No mask is needed or paid for: under causal attention what stands to the right of
+    a sequence does not reach it.
+    """
+    tokenizer = tokenizer_of(shape.vocabulary)
+    policy = Policy.from_model(model_of(shape, tokenizer), tokenizer)
+    padded_model = model_of(shape, tokenizer)
+    draw = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return draw.choices(range(shape.vocabulary - 2), k=count)
+
+    asked = [tokens(draw.randint(16, 96)) for _ in range(prompts)]
+    owner = [p for p in range(prompts) for _ in range(group)]
+    replies = [tokens(min(longest, max(4, round(draw.lognormvariate(4.16, 0.8))))) for _ in owner]
+    advantages = torch.tensor([draw.gauss(0, 1) for _ in owner])
+    runs: dict[str, Callable[[], None]] = {}
+    positions: dict[str, int] = {}
+    for name, share in (("packed", False), ("packed, prompts shared", True)):
+        runs[name], positions[name] = _packed(policy, asked, replies, owner, advantages, share=share)
+    heights = [height for height in (8, 16, 32) if height <= len(owner)]
+    by_length = sorted(range(len(owner)), key=lambda i: len(asked[owner[i]]) + len(replies[i]))
+    for order, indices in (("in order", list(range(len(owner)))), ("sorted", by_length)):
+        for height in heights:
+            parts = [indices[first : first + height] for first in range(0, len(indices), height)]
+            name = f"padded {height}, {order}"
+            rectangles = [_rectangle(asked, replies, owner, part) for part in parts]
+            positions[name] = sum(rectangle["ids"].numel() for rectangle in rectangles)
+            runs[name] = _padded(padded_model, rectangles, advantages)
+    owners = {name: padded_model if name.startswith("padded") else policy.model for name in runs}
+    _same_gradients({name: (owners[name], run) for name, run in runs.items()})
+    samples = take_turns({name: _cleared(owners[name], run) for name, run in runs.items()}, repeats=repeats)
+    median = medians(samples)
+    best = {
+        order: min(value for name, value in median.items() if name.endswith(order))
+        for order in ("in order", "sorted")
+    }
+    return {
+        "work": {"prompts": prompts, "group": group, "real_tokens": positions["packed"], "longest": longest},
+        "positions": positions,
+        "samples_s": samples,
+        "median_s": median,
+        "speedup": best["in order"] / median["packed"],
+        "speedup_over_sorted": best["sorted"] / median["packed"],
+        "speedup_with_sharing": best["in order"] / median["packed, prompts shared"],
+    }
+
+
+def _rectangle(
+    prompts: list[list[int]], completions: list[list[int]], owner: list[int], chosen: list[int]
+) -> dict[str, Any]:
+    rows = [prompts[owner[i]] + completions[i] for i in chosen]
+    width = max(map(len, rows))
+    index, lengths = [], [0]
+    for line, i in enumerate(chosen):
+        first = line * width + len(prompts[owner[i]]) - 1
+        index.extend(range(first, first + len(completions[i])))
+        lengths.append(lengths[-1] + len(completions[i]))
+    return {
+        "ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+        "index": torch.tensor(index),
+        "targets": torch.tensor([token for i in chosen for token in completions[i]]),
+        "cu_seqlens": torch.tensor(lengths, dtype=torch.int32),
+        "chosen": torch.tensor(chosen),
+    }
+
+
+def _padded(
+    model: PreTrainedModel, rectangles: list[dict[str, Any]], advantages: Tensor
+) -> Callable[[], None]:
+    base: Any = model.base_model
+    weight: Any = model.get_output_embeddings()
+
+    def run() -> None:
+        for part in rectangles:
+            hidden = base(input_ids=part["ids"], use_cache=False).last_hidden_state
+            loss, _ = linear_grpo_loss(
+                hidden.flatten(0, 1).index_select(0, part["index"]),
+                weight.weight,
+                part["targets"],
+                advantages[part["chosen"]],
+                LOSS,
+                cu_seqlens=part["cu_seqlens"],
+                normalizer=float(len(advantages)),
+            )
+            loss.backward()
+
+    return run
+
+
+def skipping(size: Size, *, repeats: int) -> dict[str, Any]:
+    """`update` on one rollout with 0, 25, 50 and 75% of its groups without signal.
+
+    `slope`: the share of the time saved for each share skipped, by least squares; 1 is proportional. The optimizer's
+    own time cannot be saved and is part of it.
+    """
+    tokenizer = tokenizer_of(TINY.vocabulary)
+    policy = Policy.from_model(model_of(TINY, tokenizer), tokenizer)
+    config = config_of(size)
+    step = OurStep(policy, size, config)
+    full = random_rollout(step.task, size)
+    shares = (0.0, 0.25, 0.5, 0.75)
+    skipped = {}
+
+    def run(share: float) -> None:
+        advantages = full.advantages.clone()
+        advantages[: round(share * size.prompts) * size.group] = 0.0
+        rollout = replace(full, advantages=advantages)
+        skipped[share] = update(policy, step.optimizer, rollout, config, lr=0.0)["skipped_sequences"]
+
+    samples = take_turns(
+        {f"{share:.0%}": lambda share=share: run(share) for share in shares}, repeats=repeats
+    )
+    assert [skipped[share] for share in shares] == [share * size.prompts * size.group for share in shares]
+    median = medians(samples)
+    whole = median["0%"]
+    saved = {share: 1 - median[f"{share:.0%}"] / whole for share in shares}
+    slope = sum(share * value for share, value in saved.items()) / sum(share**2 for share in shares)
+    return {"samples_s": samples, "median_s": median, "slope": slope}
+
+
+def _gradients(model: torch.nn.Module, run: Callable[[], None]) -> dict[str, Tensor]:
+    """What one call leaves in the parameters, taken out of them."""
+    run()
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+def _same_gradients(runs: Mapping[str, tuple[torch.nn.Module, Callable[[], None]]]) -> None:
+    """Every run computes the first one's gradients, to `SAME`; AssertionError otherwise."""
+    first: dict[str, Tensor] = {}
+    for name, (model, run) in runs.items():
+        found = _gradients(model, run)
+        model.zero_grad()
+        first = first or found
+        off = sum(float((found[key] - g).double().square().sum()) for key, g in first.items())
+        scale = sum(float(g.double().square().sum()) for g in first.values())
+        assert found.keys() == first.keys() and off**0.5 <= SAME * scale**0.5, f"{name}: other gradients"
+
+
+def _cleared(model: torch.nn.Module, run: Callable[[], None]) -> Callable[[], None]:
+    """The call, and its gradients thrown away."""
+
+    def timed() -> None:
+        run()
+        model.zero_grad()
+
+    return timed

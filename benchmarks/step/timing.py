@@ -1,0 +1,45 @@
+"""Contenders take turns; every sample is kept."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+clock: Callable[[], float] = time.perf_counter
+"""What times a CPU's work: wall time, or `time.process_time` where other processes use the machine too."""
+
+
+def seconds(run: Callable[[], Any], device: str = "cpu") -> float:
+    """Time of one call, the GPU's work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = clock()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each of `repeats` calls, after `warmup` rounds. A contender that gives a float has timed itself."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(warmup + repeats):
+        for name, run in contenders.items():
+            returned: list[Any] = []
+            measured = seconds(lambda run=run, returned=returned: returned.append(run()), device)
+            if repeat >= warmup:
+                samples[name].append(returned[0] if isinstance(returned[0], float) else measured)
+        print(f"  round {repeat + 1} of {warmup + repeats}", file=sys.stderr, flush=True)
+    return samples
+
+
+def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each contender."""
+    return {name: statistics.median(found) for name, found in samples.items()}
