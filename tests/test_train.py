@@ -253,6 +253,7 @@ def test_a_reward_function_that_fails_late_costs_no_step(rewards, capsys):
         ("--rollout.prompts-per-step 17", "only 16 prompts to train on"),
         ("--rollout.stop-tokens nosuchtoken", "'nosuchtoken' is not one token"),
         ("--data.max-prompt-tokens 2", "more than data.max_prompt_tokens = 2"),
+        ("--policy.attention flash", "policy.attention = flash: flash-attn 4 needs cuda"),
         ("--policy.model no-such-model", "no-such-model: no such folder here"),
         ("--reward.functions my_rewards:no_such", "my_rewards has no no_such"),
         ("--reward.functions my_rewards:takes_nothing", "must take completions"),

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from grpo_fast.attention import fused, paths
-from grpo_fast.attention.flex import flex
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.attention.tiles import tiled
 from grpo_fast.errors import UserError
@@ -82,6 +81,12 @@ class Backend:
         return next((why for found, why in reasons if found), None)
 
 
+def _flex(*args: Any, **options: Any) -> Tensor:
+    from grpo_fast.attention.flex import flex  # it brings the compiler along
+
+    return flex(*args, **options)
+
+
 REFERENCE = Backend(
     name="padded rectangles",
     choice="reference",
@@ -136,7 +141,7 @@ TABLE = (
     Backend(
         name="FlexAttention",
         choice="flex",
-        run=flex,
+        run=_flex,
         devices=("cuda",),
         dtypes=HALF,
         softcap=True,

@@ -21,6 +21,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from grpo_fast.attention.plan import PackedPlan
 
 BLOCK = 128
+RECOMPILE_LIMIT = 256
+"""Lengths, windows, dtypes and modes of one process."""
 
 
 def flex(
@@ -63,7 +65,14 @@ def bucket(length: int) -> int:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def run(*args: Any, **options: Any) -> Any:
+        # past the usual limit of 8 it would go on uncompiled, with all scores in memory
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled(*args, **options)
+
+    return run
 
 
 @cache
