@@ -125,6 +125,7 @@ def test_each_fault_is_tried_again_and_ends_in_one_line(name: str) -> None:
         assert time.monotonic() - started < 15
         assert "a rollout failed 3 times (engine.retries = 2), the last time: " in str(given_up.value)
         assert message in str(given_up.value) and "\n" not in str(given_up.value)
+        assert str(given_up.value).endswith(f"; see that the server at {server.url} is well")
         assert not seen and guard.counts() == {"engine/retries": 3.0}
         server.faults.clear()
         assert texts(guard.generate(PROMPTS, 2, SAMPLING, 1)) == want  # the engine is not left broken

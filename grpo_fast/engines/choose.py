@@ -97,7 +97,7 @@ def check_engine(config: TrainConfig) -> None:
     try:
         vllm.check_version(client)
     except EngineError as error:
-        raise UserError(f"engine {settings.url}{error}; is it up?") from None
+        raise UserError(f"engine {client.url}{error}; is it up?") from None
     finally:
         client.close()
 

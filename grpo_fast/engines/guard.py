@@ -25,9 +25,10 @@ OnGroup = Callable[[int, list[Completion]], None]
 class Guard:
     """A `RolloutEngine` around another one.
 
-    An engine outside this process has a method `recover`. What fails there is tried again up to `retries` times, with
-    the same seeds and with `weights()` handed over anew; `weights` must give those of the last `push`. Each prompt's
-    group is reported once, whatever was repeated. UserError, in one line, when that was in vain.
+    An engine outside this process has a method `recover` (and a `hint`, where to look). What fails there is tried
+    again up to `retries` times, with the same seeds and with `weights()` handed over anew; `weights` must give those of
+    the last `push`. Each prompt's group is reported once, whatever was repeated. UserError, in one line, when that was
+    in vain.
     """
 
     def __init__(
@@ -129,9 +130,9 @@ class Guard:
                     )
                 ) from None
         often = f"{times} times (engine.retries = {self._retries})" if times > 1 else "and cannot be repeated"
+        hint = getattr(self.engine, "hint", "")
         raise UserError(
-            one_line(f"engine: {what} failed {often}, the last time: {problem}")
-            + "; see that the server is well"
+            one_line(f"engine: {what} failed {often}, the last time: {problem}") + (hint and f"; {hint}")
         )
 
     def _recovery(self) -> Callable[[], None] | None:

@@ -109,6 +109,13 @@ class VllmEngine:
             self._server.stop()
         self._connect()
 
+    @property
+    def hint(self) -> str:
+        """Where to look when it fails again and again."""
+        if self._server is not None:
+            return f"see {self._server.log}"
+        return f"see that the server at {self._settings.url} is well"
+
     def _answers(self) -> bool:
         """Whether what generates is well: `/health` is answered in front of it, this behind."""
         assert self._client is not None

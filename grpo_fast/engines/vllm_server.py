@@ -66,7 +66,7 @@ class VllmServer:
 
     def __init__(self, settings: EngineSettings, serving: Serving, log: Path) -> None:
         """Starts nothing yet; UserError for a program that is not there."""
-        self._settings, self._serving, self._log = settings, serving, log
+        self._settings, self._serving, self.log = settings, serving, log
         self._program = find_program(settings.executable)
         self._process: subprocess.Popen | None = None
         self.key = secrets.token_hex(16)  # other users of this machine have no business there
@@ -86,8 +86,8 @@ class VllmServer:
         self.stop()
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as log:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
                     [
@@ -153,13 +153,13 @@ class VllmServer:
     def last_lines(self, count: int = 3) -> str:
         """The end of its log in one line, and where the rest is."""
         try:
-            with self._log.open("rb") as file:
+            with self.log.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
                 lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
         except OSError:
             lines = []
         said = one_line(" | ".join([line for line in lines if line][-count:])).replace(self.key, "[key]")
-        return f"the end of {self._log}: {said or 'nothing'}"
+        return f"the end of {self.log}: {said or 'nothing'}"
 
     def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in _OURS}
