@@ -30,6 +30,7 @@ from benchmarks.loss_head import commit, device_name
 from benchmarks.memory_cases import CASES, Case, built, planned
 from grpo_fast.engines.base import Sampling
 from grpo_fast.grpo import update
+from grpo_fast.memory.device import available_bytes
 from grpo_fast.rollout import Rollout
 from grpo_fast.scoring import Scored
 
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cases": known.get("cases", []),
     }
     for name, case in {} if args.again else cases.items():
+        if case.device == "cuda" and planned(case).peak > available_bytes(torch.device("cuda")):
+            print(f"{name:28} left out: it needs more than this GPU has", flush=True)
+            continue
         record["cases"].append({"name": name, "settings": case.described(), **measured_alone(case)})
         print(f"{name:28} {record['cases'][-1]['error'] or 'measured'}", flush=True)
         if args.output:  # after each, so that what was measured is kept whatever comes
