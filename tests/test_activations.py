@@ -52,7 +52,7 @@ def test_without_gradients_nothing_is_moved(monkeypatch, moved):
 
     model = policy()
     model.activations_on_host = True
-    (batch,) = packed(rollout(), [0, 1], 8192, model.device)
+    (batch,) = packed(rollout(), [0, 1], model, 8192)
     model.logprobs(batch)
     assert not moved
 

@@ -280,7 +280,7 @@ def training(step: OurStep, case: Case, rates: Mapping[str, float]) -> dict[str,
     device = step.policy.device.type
     run = _Update(step, case.size)
     everything = list(range(len(run.rollout.completions)))
-    batches = packed(run.rollout, everything, case.size.token_budget, step.policy.device)
+    batches = packed(run.rollout, everything, step.policy, case.size.token_budget)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = phases(run, repeats=case.repeats)
