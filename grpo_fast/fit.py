@@ -27,6 +27,10 @@ from grpo_fast.task import lora_settings
 
 MINIATURE_PROMPT_TOKENS = 48
 """More than the longest prompt of the embedded world has"""
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}
+"""A trained parameter's; in 8 bits a block of 256 has a float32 scale."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384
+"""A weight's: four bits, an 8-bit scale for 64 of them, and a float32 scale for 256 of those."""
 
 
 def fitted(config: TrainConfig) -> TrainConfig:
@@ -122,5 +126,12 @@ def work_of(config: TrainConfig, models: Models) -> Work:
         reward_models=models.rewards,
         reward_dtype=dtype,
         overlap=overlaps(config, device),
+        state_bytes=STATE_BYTES[config.optim.optimizer],
         factored=config.optim.optimizer == "adafactor",
+        frozen_bytes=NF4_BYTES if config.policy.quantize == "nf4" else None,
+        optimizer_on_host=config.memory.optimizer == "host",
+        optimizer_parked=config.memory.optimizer == "while_training",
+        activations_on_host=config.memory.activations_on_host,
+        ahead=config.rollout.ahead,
+        fp8_cache=config.engine.kv_dtype == "fp8",
     )

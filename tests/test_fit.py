@@ -185,6 +185,6 @@ def test_a_device_that_is_too_small_is_refused_before_anything_is_read(tmp_path:
     line = capsys.readouterr().err
     assert line.startswith("error: these settings need") and line.count("\n") == 1
     assert "this fits" in line and (" --rollout." in line or " --optim." in line)
-    monkeypatch.setattr(fit, "available_bytes", lambda device: 2**29)
+    monkeypatch.setattr(fit, "available_bytes", lambda device: 2**28)
     assert run_command(*flags, "--dry-run") == 2
     assert "the least of budget, checkpointing and rows needs" in capsys.readouterr().err

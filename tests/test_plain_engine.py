@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo_fast.engines.base import Completion, Sampling
-from grpo_fast.engines.local import LocalEngine
 from grpo_fast.engines.choose import builtin_engine
+from grpo_fast.engines.local import LocalEngine
 from grpo_fast.engines.plain import PlainEngine
 from grpo_fast.errors import UserError
 from grpo_fast.miniature.tokenizer import build_tokenizer

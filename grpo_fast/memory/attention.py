@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from grpo_fast.attention import paths
-from grpo_fast.attention.function import LONG_SEGMENT
+from grpo_fast.attention.backends import TABLE
+from grpo_fast.attention.fused import gathered_keys
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.memory.live import META
 
@@ -63,53 +64,49 @@ def counted_attention(
     assert plan is not None and attention_mask is None
     if plan.kept is not None:
         plan.kept.extend((key, value))
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, D)
     longest = max(plan.packed.k_lens)
     window = None if sliding_window is not None and sliding_window >= longest else sliding_window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options: dict[str, Any] = {"scale": scale, "window": window}
     if plan.device == "cuda" and q.dtype != torch.float32:
-        packages = paths.varlen_packages(window=window, softcap=softcap)
-        if "torch" in packages:
-            out = paths.varlen(q, k, v, plan.on_meta, **options, softcap=softcap, package="torch")
-            return out[None], None
-    if softcap is None and longest >= LONG_SEGMENT:
-        return _by_segment(q, k, v, plan.packed, window)[None], None
+        # Every fused kernel: prefixes gathered, then inputs, output and a number a row are kept.
+        return _Flash.apply(q, *gathered_keys(k, v, plan.on_meta), 0)[None], None  # type: ignore[index]
+    if softcap is None and plan.packed.keys_per_query >= _LEAST_KEYS[plan.device]:
+        if plan.device == "cpu":
+            return _Flash.apply(q, k, v, max(plan.packed.q_lens))[None], None  # type: ignore[index]
+        return paths.by_segment(q, k, v, plan.on_meta, scale=scale, window=window)[None], None
     padded = plan.with_chunks(q.shape[1], k.shape[1], window)
-    return paths.padded(q, k, v, padded, **options, softcap=softcap)[None], None
+    return paths.padded(q, k, v, padded, scale=scale, window=window, softcap=softcap)[None], None
 
 
-def _by_segment(q: Tensor, k: Tensor, v: Tensor, plan: PackedPlan, window: int | None) -> Tensor:
-    """As `paths.by_segment`, with the fused kernel that the CPU takes."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    outs = []
-    segments = zip(plan.q_starts, plan.q_lens, plan.prefix_starts, plan.prefix_lens, strict=False)
-    for start, q_len, first, shared in segments:
-        own = slice(start, start + q_len)
-        keys, values = k[:, :, own], v[:, :, own]
-        if shared:
-            keys = torch.cat([k[:, :, first : first + shared], keys], 2)
-            values = torch.cat([v[:, :, first : first + shared], values], 2)
-        masked = bool(shared) or (window is not None and window < q_len)
-        outs.append(_Flash.apply(q[:, :, own], keys, values, masked))
-    return torch.cat(outs, 2)[0].transpose(0, 1)
+_LEAST_KEYS = {"cpu": 64, "cuda": 1024}
+"""Keys a query from which SDPA takes over from padded rectangles: as the table of back ends has it."""
+assert set(_LEAST_KEYS.values()) == {backend.least_keys for backend in TABLE} - {0}
 
 
 class _Flash(torch.autograd.Function):
-    """The shapes that a fused kernel keeps: its inputs and output, a number a row, the mask as floats."""
+    """What a fused kernel keeps: its inputs and output, and a number a row.
+
+    `tile`: queries of the largest rectangle where gradients of several are added up in float32 (the CPU's), else 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Tensor:
-        out = q.new_empty(*q.shape[:3], v.shape[-1])
-        sums = q.new_empty(q.shape[:3], dtype=torch.float32)
-        mask = [q.new_empty(q.shape[2], k.shape[2])] if masked else []
-        ctx.save_for_backward(q, k, v, out, sums, *mask)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tile: int) -> Tensor:
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        sums = q.new_empty(q.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.tile = tile
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors[:3]
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        inputs = ctx.saved_tensors[:3]
+        if not ctx.tile:
+            return (*(torch.empty_like(x) for x in inputs), None)
+        totals = [torch.empty_like(x, dtype=torch.float32) for x in inputs]
+        parts = [x.new_empty(min(ctx.tile, len(x)), *x.shape[1:]) for x in inputs]
+        del parts
+        return (*(total.to(x.dtype) for total, x in zip(totals, inputs, strict=True)), None)
 
 
 def row_plan(tokens: int, prompt: int, new: int, group: int) -> PackedPlan:

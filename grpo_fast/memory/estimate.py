@@ -77,7 +77,13 @@ class Work:
     frozen_bytes: float | None = None
     """Bytes of a frozen linear layer's weight where it is stored in fewer bits; None: those of dtype"""
     optimizer_on_host: bool = False
-    """Optimizer's state and masters off the GPU"""
+    """Optimizer's state, masters and gradient sums off the GPU"""
+    optimizer_parked: bool = False
+    """State and masters off the GPU while completions are generated"""
+    ahead: bool = False
+    """Whether the next completions are generated, by a copy of the weights, while this step is trained"""
+    fp8_cache: bool = False
+    """Keys and values of the rollouts in 8 bits"""
     activations_on_host: bool = False
     """Kept tensors off the GPU until their backward pass"""
 
@@ -205,7 +211,15 @@ def _generation(work: Work, model: PreTrainedModel, prompts: int, each: int) -> 
     read = min(most, -(-rows // each))
     kept, reading = prefill_bytes(model, [work.prompt_tokens] * read, work.device)
     first, last = cache_bytes(
-        work.policy, work.dtype, rows=rows, prompt=work.prompt_tokens, new=work.new_tokens
+        work.policy,
+        work.dtype,
+        device=work.device,
+        rows=rows,
+        each=each,
+        waiting=rows < prompts * each,
+        prompt=work.prompt_tokens,
+        new=work.new_tokens,
+        fp8=work.fp8_cache,
     )
     softcap = bool(getattr(text, "final_logit_softcapping", None))
     drawn = sampling_bytes(
@@ -247,6 +261,8 @@ def _total(
     optimizer = 0 if on_gpu and work.optimizer_on_host else masters + state
     optimizer_work = 2 * 4 * counts.largest if work.factored else 0
     reference = counts.total * item if full and work.reference else 0
+    if work.ahead:
+        parameters *= 2
     rewards = sum(weights for weights, _ in scored)
     scoring = max((peak for _, peak in scored), default=0)
     scratch = head_scratch(
@@ -263,7 +279,13 @@ def _total(
         kept = min(kept, 2 * kept // text.num_hidden_layers)  # one layer's arrive while another's are used
     moved = update.kept - kept
     resident = parameters + reference + rewards + optimizer
-    updating = max(update.at_head - moved + scratch, update.peak - moved, update.gradients + optimizer_work)
+    sums = update.gradients
+    if on_gpu and work.optimizer_on_host:
+        left = min(sums, 2 * counts.largest * item)  # on their way out
+        moved, sums = moved + sums - left, left
+    updating = max(update.at_head - moved + scratch, update.peak - moved, sums + optimizer_work)
+    if work.ahead:
+        updating += generating["peak"]
     busiest = max(updating, generating["peak"], scoring)
     heap = 0 if on_gpu else round(HEAP_SHARE * (resident + busiest) + HEAP_GRADIENTS * update.gradients)
     runtime = 0 if on_gpu else RUNTIME_BYTES
@@ -274,7 +296,7 @@ def _total(
         reference=reference,
         reward_models=rewards,
         optimizer=optimizer,
-        gradients=update.gradients,
+        gradients=sums,
         activations=kept,
         backward=max(0, update.peak - update.gradients - update.kept),
         head=scratch + (4 * counts.head if full else 0),
@@ -283,7 +305,10 @@ def _total(
         sampling=generating["sampling"],
         scoring=scoring,
         heap=heap,
-        generate=always + generating["peak"] + (scoring if work.overlap else 0),
+        generate=always
+        - (optimizer if on_gpu and work.optimizer_parked else 0)
+        + generating["peak"]
+        + (scoring if work.overlap else 0),
         score=always + scoring if scored else 0,
         update=always + updating,
     )

@@ -11,7 +11,9 @@ import torch
 from grpo_kernels._torch_head import BLOCK_BYTES, MOST_ROWS, SCRATCH_BYTES
 from transformers import PreTrainedConfig
 
-from grpo_fast.attention.plan import DecodePlan
+from grpo_fast.attention.group_cache import BLOCK
+from grpo_fast.attention.paged import PAGE
+from grpo_fast.attention.paged_cache import pages_of
 
 # Of the CUDA backend of the head, whose module needs triton: E′ of a chunk, logits of a part, tokens of a chunk.
 STORED_BYTES, LOGITS_BYTES, CHUNK_ROWS = 1280 << 20, 224 << 20, 4096
@@ -47,25 +49,39 @@ def head_scratch(
 
 
 def cache_bytes(
-    config: PreTrainedConfig, dtype: torch.dtype, *, rows: int, prompt: int, new: int
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    device: str,
+    rows: int,  # B
+    each: int,
+    waiting: bool,
+    prompt: int,
+    new: int,
+    fp8: bool = False,
 ) -> tuple[int, int]:
     """Bytes of the built-in engine's cache when the first rows enter, and at its largest.
 
-    Room for a row grows as `DecodePlan` makes it; while it does, one layer's cache exists twice.
+    `each` completions of a prompt share its keys and values; `waiting`: others take the places of those that end. On a
+    GPU pages for everything are there from the start. On the CPU the rows' own slots grow with a clock that goes on
+    while rows wait; when it does, one layer's own slots exist twice.
     """
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    row = 2 * text.num_hidden_layers * heads * width * dtype.itemsize
-    plan = DecodePlan(rows)
-    plan.reserve(prompt + 1)
-    first = rows * plan.slots * row
-    slots = plan.slots
-    for span in range(prompt + 1, prompt + new):
-        plan.reserve(span)
-    grown = plan.slots > slots
-    last = rows * plan.slots * row
-    return first, last + (last // text.num_hidden_layers // 2 if grown else 0)
+    paged = device == "cuda" or fp8
+    vector = width + 4 if fp8 else width * dtype.itemsize
+    token = 2 * text.num_hidden_layers * heads * vector
+    if paged:
+        prompts = min(rows, 2 * -(-rows // each) + 1)
+        pages = 1 + rows * pages_of(new) + prompts * pages_of(prompt)
+        return pages * PAGE * token, pages * PAGE * token
+    stored = (-(-rows // each) + waiting) * prompt * token
+    slots, needed = 0, (2 if waiting else 1) * max(0, new - 1)
+    while slots < needed:
+        slots = max(slots + BLOCK, slots * 3 // 2)
+    own = rows * slots * token
+    return stored, stored + own + own // text.num_hidden_layers // 2
 
 
 def sampling_bytes(rows: int, vocabulary: int, dtype: torch.dtype, *, softcap: bool, truncates: bool) -> int:
