@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import figures, loss_head
+from benchmarks import figures, loss_head, rollout
 
 
 def test_a_record_its_table_and_its_picture(tmp_path, capsys):
@@ -32,3 +32,13 @@ def test_a_record_its_table_and_its_picture(tmp_path, capsys):
 def test_a_folder_without_records(tmp_path, capsys):
     assert figures.main([str(tmp_path)]) == 2
     assert "no record" in capsys.readouterr().err
+
+
+def test_the_rollout_benchmark_counts_the_prompts_bytes(capsys):
+    rollout.main(["--repeats", "1", "--cpu-time"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        record["prompt_kv_bytes"] == 8 * 32 * 4 * 2 * 2 * 32 * 4
+    )  # tokens, layers, k and v, heads, width, bytes
+    assert record["prompt_kv_bytes_copied"] == 8 * record["prompt_kv_bytes"]
+    assert record["ratio"] == pytest.approx(record["median_s"]["generate"] / record["median_s"]["engine"])
