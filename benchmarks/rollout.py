@@ -57,7 +57,7 @@ def prompt_bytes(engine: LocalEngine, prompts: list[list[int]]) -> tuple[int, in
     return held, held * GROUP
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="of the process, where others share the machine"
     )
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     torch.set_num_threads(asked.threads)
     keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()

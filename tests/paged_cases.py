@@ -48,10 +48,12 @@ def random_case(
 
 def exact(q: Tensor, pages: Pages, *, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """(B, H, Dv) float64: each row's keys listed in order, then one plain softmax."""
-    keys, values = pages.keys.double(), pages.values.double()
-    if pages.keys.dtype == FP8:
+    keys, values = pages.keys, pages.values
+    if keys.dtype == FP8:
         assert pages.key_scales is not None and pages.value_scales is not None
-        keys, values = keys * pages.key_scales[..., None], values * pages.value_scales[..., None]
+        keys = keys.float().double() * pages.key_scales[..., None]
+        values = values.float().double() * pages.value_scales[..., None]
+    keys, values = keys.double(), values.double()
     rows = []
     for row, (prompt, own) in enumerate(
         zip(pages.prompt_lens.tolist(), pages.own_lens.tolist(), strict=True)

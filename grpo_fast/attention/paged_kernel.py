@@ -24,7 +24,9 @@ from grpo_fast.attention.paged import PAGE, Pages
 
 jit: Any = triton.jit  # the checker cannot follow what it makes of a function
 MOST_PARTS = 16
-WARPS, STAGES = 4, 2
+WARPS = 4
+STAGED_BYTES = 160_000
+"""Pages of keys and values in flight may take this much shared memory; the smallest GPU meant has 166,912 bytes."""
 
 
 @jit
@@ -192,6 +194,11 @@ def parts_for(programs: int, processors: int, width: int) -> int:
     return parts
 
 
+def stages_for(dim: int, value_dim: int, itemsize: int) -> int:
+    """Pages loaded ahead of the one worked on, and that one."""
+    return 2 if 2 * PAGE * (dim + value_dim) * itemsize <= STAGED_BYTES else 1
+
+
 def paged_attention_triton(
     q: Tensor,  # (B, H, D)
     pages: Pages,
@@ -247,7 +254,7 @@ def paged_attention_triton(
         window or 0,
         **compiled,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=stages_for(dim, value_dim, q.element_size()),
     )
     if parts > 1:
         merge_parts[(rows * key_heads, group)](

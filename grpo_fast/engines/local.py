@@ -29,6 +29,8 @@ from grpo_fast.models.lora import merged_adapters
 
 Progress = Callable[[int, int, int], None]
 """Called with (completions done, completions in all, tokens so far) after every step."""
+PROMPT_STEP = 256
+"""Longest prompts are rounded up to a multiple of this, so that a slightly longer one does not make all graphs anew."""
 
 
 class LocalEngine:
@@ -135,6 +137,7 @@ class LocalEngine:
     def _held_decoder(self, head: HeadSpec, rows: int, prompt: int, new: int, n: int) -> Decoder:
         """The decoder of pages and graphs that is kept from call to call, made larger when a call needs that."""
         held, graphs = self._held, self._graphs
+        prompt = -(-prompt // PROMPT_STEP) * PROMPT_STEP
         # stragglers keep their groups' prompts: twice the groups that fill the rows, but never more than rows
         prompts = min(rows, 2 * -(-rows // n) + 1)
         if held is not None:
