@@ -231,18 +231,23 @@ def _seconds(
         torch.cuda.synchronize()
     start = clock()
     for batch in batches:
-        packed_hidden_states(model, batch, layers).float().square().mean().backward()
+        _loss(packed_hidden_states(model, batch, layers)).backward()
         model.zero_grad()
     if spec["device"] == "cuda":
         torch.cuda.synchronize()
     return clock() - start
 
 
+def _loss(hidden: torch.Tensor) -> torch.Tensor:
+    """A number whose gradient is not near zero: the last norm fixes the squares' sum, not a direction's share."""
+    return (hidden.float() @ torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)).mean()
+
+
 def _fingerprint(model: PreTrainedModel, batch: PackedBatch, layers: CompiledLayers | None) -> list[float]:
     """Some hidden states and the gradients of the first layer's norm, each scaled to length 1."""
     hidden = packed_hidden_states(model, batch, layers)
     norm = next(weight for path, weight in model.named_parameters() if "layernorm" in path)
-    (grad,) = torch.autograd.grad(hidden.float().square().mean(), [norm])
+    (grad,) = torch.autograd.grad(_loss(hidden), [norm])
     parts = [x.detach().float().flatten() for x in (hidden[-4:], grad)]
     return torch.cat([x / x.norm() for x in parts]).tolist()
 

@@ -26,8 +26,8 @@ _PRESET_ADVANTAGE: dict[str, tuple[Mode, Scale]] = {
     "reinforce_pp": ("scalarized", "batch"),
 }
 
-# Devices on which compiled layers measured faster by more than compiling costs (benchmarks.body): none yet. On two
-# CPU cores the products dominate; CUDA is unmeasured.
+# Devices on which compiled layers measured faster by more than compiling costs (benchmarks.body): none yet. On a CPU
+# the products dominate (0.94 and 1.06 times the speed of plain layers); CUDA is unmeasured.
 _COMPILE_PAYS: frozenset[str] = frozenset()
 
 
