@@ -67,7 +67,8 @@ def bars_of(record: dict[str, Any]) -> list[tuple[str, dict[str, float], list[fl
         found = record.get(part, {})
         if "unwatched_s" not in found:
             continue
-        scale = found["unwatched_s"] / sum(found["median_s"].values())
+        whole = record.get("step", {}).get("median_s", {}).get(name, found["unwatched_s"])
+        scale = whole / sum(found["median_s"].values())
         shares = {phase: scale * found["median_s"][phase] for phase in PHASES}
         bars.append((prefix + name, shares, record.get("step", {}).get("samples_s", {}).get(name, [])))
     for part in ("step", "trl"):
@@ -83,14 +84,14 @@ def draw(records: list[dict[str, Any]], device: str, path: Path) -> None:
     """All bars of one device, and the bars that its CPU record was held against."""
     bars = [bar for record in records for bar in bars_of(record)][::-1]
     wanted = next((record["bars"] for record in records if record.get("bars")), {})
-    height = 1.4 + 0.42 * max(len(bars), len(wanted))
+    height = 2.1 + 0.42 * max(len(bars), len(wanted))
     figure, axes = plt.subplots(
         1, 2 if wanted else 1, figsize=(12 if wanted else 9, height), squeeze=False, layout="constrained"
     )
     figure.suptitle(
-        f"One GRPO step, {device}, {records[0]['threads']} CPU threads" if wanted else f"GRPO, {device}"
+        f"One GRPO step, {device}, CPU threads: {records[0]['threads']}" if wanted else f"GRPO, {device}"
     )
-    _steps(axes[0, 0], bars)
+    _steps(axes[0, 0], bars, "CPU seconds" if records[0].get("clock") == "cpu" else "seconds")
     if wanted:
         _reached(axes[0, 1], wanted)
     for axis in axes[0]:
@@ -100,21 +101,23 @@ def draw(records: list[dict[str, Any]], device: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _steps(axis: Axes, bars: list[tuple[str, dict[str, float], list[float]]]) -> None:
+def _steps(axis: Axes, bars: list[tuple[str, dict[str, float], list[float]]], unit: str) -> None:
     named: set[str] = set()
+    split = sum("peer" not in shares for _, shares, _ in bars)
     for row, (_, shares, samples) in enumerate(bars):
         left = 0.0
         for phase, value in shares.items():
-            label = "_" if phase in named or phase == "peer" else phase
+            label = f"{phase} {value / sum(shares.values()):.0%}" if split == 1 else phase
+            label = "_" if phase in named or phase == "peer" else label
             axis.barh(row, value, left=left, color=COLOURS.get(phase, PEER), label=label)
             named.add(phase)
             left += value
         axis.plot(samples, [row] * len(samples), "|", color="black", alpha=0.3, markersize=7)
         axis.text(max([left, *samples]), row, f"  {left:.2f} s", va="center", fontsize=8)
     axis.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-    axis.set_xlabel("seconds, median; ticks: samples", fontsize=8)
+    axis.set_xlabel(f"{unit}, median; ticks: samples", fontsize=8)
     axis.set_xlim(right=1.15 * axis.get_xlim()[1])
-    axis.legend(fontsize=8, frameon=False, loc="best")
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=5)
 
 
 def _reached(axis: Axes, wanted: dict[str, dict[str, Any]]) -> None:
