@@ -33,8 +33,8 @@ HEAP_BYTES = 100 << 20
 HEAP_SHARE = 0.55
 HEAP_SHARE_LORA = 1.5
 """CPU: what the C library's heap holds beyond the tensors alive: a floor, and a share of what an update frees again
-(without its gradients), larger with an adapter. Fitted to the first five cases of
-`benchmarks/results/memory-cpu.json` with glibc; the others are the check, of which an adapter with checkpointing fails."""
+(without its gradients), larger with an adapter. Fitted with glibc to the first five cases of
+`benchmarks/results/memory-cpu.json`; of the others, an adapter with checkpointing comes out 23% too low."""
 
 
 @dataclass(frozen=True, kw_only=True)
