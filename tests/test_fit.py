@@ -181,6 +181,7 @@ def test_a_device_that_is_too_small_is_refused_before_anything_is_read(tmp_path:
     planner = Planner(work_of(config, models_of(config)))
     limit = (planner.estimate().peak + smallest_estimate(planner).peak) // 2
     monkeypatch.setattr(fit, "available_bytes", lambda device: limit)
+    capsys.readouterr()  # what saving the model said
     assert run_command(*flags) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: these settings need") and line.count("\n") == 1
