@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import body, figures, loss_head, rollout
+from benchmarks import body, figures, loss_head
 
 
 def test_a_record_its_table_and_its_picture(tmp_path, capsys):
@@ -50,13 +50,3 @@ def test_the_body_and_a_contender_that_is_not_measured(tmp_path, capsys):
     rows = record["shapes"]["miniature"]["contenders"]
     assert len(rows["eager"]["samples_s"]) == 2 and rows["eager"]["agrees"]
     assert rows["liger"]["samples_s"] == [] and rows["liger"]["agrees"] is None
-
-
-def test_the_rollout_benchmark_counts_the_prompts_bytes(capsys):
-    rollout.main(["--repeats", "1", "--cpu-time"])
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (
-        record["prompt_kv_bytes"] == 8 * 32 * 4 * 2 * 2 * 32 * 4
-    )  # tokens, layers, k and v, heads, width, bytes
-    assert record["prompt_kv_bytes_copied"] == 8 * record["prompt_kv_bytes"]
-    assert record["ratio"] == pytest.approx(record["median_s"]["generate"] / record["median_s"]["engine"])

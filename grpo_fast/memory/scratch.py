@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from grpo_fast.attention.group_cache import BLOCK
 from grpo_fast.attention.paged import PAGE
 from grpo_fast.attention.paged_cache import pages_of
+from grpo_fast.engines.local import PROMPT_STEP
 
 # Of the CUDA backend of the head, whose module needs triton: E′ of a chunk, logits of a part, tokens of a chunk.
 STORED_BYTES, LOGITS_BYTES, CHUNK_ROWS = 1280 << 20, 224 << 20, 4096
@@ -74,7 +75,8 @@ def cache_bytes(
     token = 2 * text.num_hidden_layers * heads * vector
     if paged:
         prompts = min(rows, 2 * -(-rows // each) + 1)
-        pages = 1 + rows * pages_of(new) + prompts * pages_of(prompt)
+        steps = -(-prompt // PROMPT_STEP) * PROMPT_STEP
+        pages = 1 + rows * pages_of(new) + prompts * pages_of(steps)
         return pages * PAGE * token, pages * PAGE * token
     stored = (-(-rows // each) + waiting) * prompt * token
     slots, needed = 0, (2 if waiting else 1) * max(0, new - 1)
