@@ -26,7 +26,7 @@ from grpo_fast.models.lora import LoraSettings
 from grpo_fast.models.policy import Policy
 from grpo_fast.models.reward_data import Head, Layout
 from grpo_fast.models.reward_model import RewardModel
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.run.command import prepare_libraries
 
 PAD, END = "<|pad|>", "<|end|>"

@@ -9,11 +9,11 @@ from grpo_kernels import LossConfig
 from torch import Tensor
 
 from grpo_fast.budget import TokenBudget
-from grpo_fast.config.resolve import constant_normalizer, loss_config
+from grpo_fast.config.resolve import constant_normalizer, loss_config, mismatch_limit
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 from grpo_fast.models.policy import Policy
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.packing import PackedBatch, pack
 from grpo_fast.rollout import Rollout
 
@@ -68,7 +68,7 @@ def update(
             step_losses, step_metrics = budget.run(batches_of, add_up, undo=optimizer.discard)
             losses += step_losses
             batch_metrics += step_metrics
-            check_mismatch(step_metrics, config.engine.max_mismatch)
+            check_mismatch(step_metrics, mismatch_limit(config))
             try:
                 norm, taken = optimizer.step(lr)
             except torch.OutOfMemoryError as error:
@@ -223,9 +223,9 @@ def check_mismatch(batches: list[dict[str, Tensor]], limit: float) -> None:
     divergence, gap = ((table[:, 0] @ table[:, 1:]) / table[:, 0].sum().clamp(min=1)).tolist()
     if divergence > limit:
         raise UserError(
-            f"the engine's log-probs differ from the trainer's: KL divergence {divergence:.3g} where "
-            f"engine.max_mismatch = {limit:g}, {gap:.3g} a token on average. See that the engine has the same weights, "
-            "dtype and sampling, correct for it with loss.mismatch, or raise engine.max_mismatch"
+            f"the engine's log-probs differ from the trainer's: KL divergence {divergence:.3g}, over the limit of "
+            f"{limit:g} (engine.max_mismatch), {gap:.3g} a token on average. See that the engine has the same weights, "
+            "dtype and sampling, correct for it with loss.mismatch, or raise the limit"
         )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 from grpo_fast.evaluate import Evaluation
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.run import checkpoint
 from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import RunLogger, read_summary, write_atomically

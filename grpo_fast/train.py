@@ -21,7 +21,7 @@ from grpo_fast.fit import fitted
 from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
 from grpo_fast.miniature.world import OBJECTIVES
-from grpo_fast.optim import Optimizer, learning_rate
+from grpo_fast.optim.optimizer import Optimizer, learning_rate
 from grpo_fast.pipeline import Pipeline
 from grpo_fast.plan import print_plan
 from grpo_fast.rollout import rollout_metrics

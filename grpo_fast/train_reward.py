@@ -21,7 +21,7 @@ from grpo_fast.models.reward_fit import (
 )
 from grpo_fast.models.reward_quality import measure
 from grpo_fast.models.reward_text import encode_examples
-from grpo_fast.optim import learning_rate
+from grpo_fast.optim.optimizer import learning_rate
 from grpo_fast.reward_plan import print_reward_plan
 from grpo_fast.reward_task import Rated, build_model, check_ratings, findings, sample_rows, write_results
 from grpo_fast.run.command import prepare_libraries, run_command

@@ -11,7 +11,7 @@ from grpo_fast.config.settings import OptimSettings, TrainConfig
 from grpo_fast.errors import UserError
 from grpo_fast.grpo import update
 from grpo_fast.models.policy import LoraSettings, Policy
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from tests.test_grpo import config, policy, rollout
 
 LARGE = 8192

@@ -12,7 +12,7 @@ import torch
 from grpo_fast import state
 from grpo_fast.config.settings import RewardSettings
 from grpo_fast.constraint import Multipliers
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.rewards.functions import objective_weights
 from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import read_rows, reproducible

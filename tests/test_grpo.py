@@ -15,7 +15,7 @@ from grpo_fast.engines.base import Completion
 from grpo_fast.grpo import split_by_prompt, step_normalizer, update, with_signal
 from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.models.policy import LoraSettings, Policy
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.rollout import Rollout
 from grpo_fast.scoring import Scored
 from tests.tiny import causal_lm

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "grpo_fast"
 
 # A file imports from its own floor and from lower ones only. `miniature` is a data source beside them.
 FLOORS = {
-    1: "errors config data rewards packing attention run report optim trust budget host lowbit",
+    1: "errors config data rewards packing attention run report optim trust budget",
     2: "models engines memory",
     3: "scoring task rollout pipeline evaluate",
     4: "grpo constraint state summary",

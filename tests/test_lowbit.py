@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.run import checkpoint
 
 pytest.importorskip("torchao", reason="the optional extra lowbit")

@@ -27,7 +27,7 @@ from grpo_fast.memory.passes import (
 from grpo_fast.memory.scratch import cache_bytes, head_scratch
 from grpo_fast.models.policy import LoraSettings, Policy
 from grpo_fast.models.reward_data import Head
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.packing import PackedBatch, pack
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from grpo_fast.optim import Optimizer, learning_rate
+from grpo_fast.optim.optimizer import Optimizer, learning_rate
 
 
 def test_learning_rate_warms_up_and_decays():

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo_fast.config.resolve import mismatch_limit
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Prompt
+from grpo_fast.engines import run as generation
+from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.engines.separate import SeparateEngine
 from grpo_fast.errors import UserError
@@ -140,7 +143,7 @@ def test_one_step_ahead_uses_older_weights_and_repeats_itself(run):
     assert max(gaps[0::2]) < 1e-4 < 10 * min(gaps[1::2]) and min(gaps[1::2]) > 1e-3
     assert max(row["mismatch_mean"] for row in on_policy) < 1e-4
     assert all(0 < row["mismatch_ess"] < 1 for row in rows[1::2])
-    assert rows[1]["generated_tokens"] and [v for v, _ in seen] == [0, 0, 0, 2, 2, 4, 5]
+    assert rows[1]["generated_tokens"] and [v for v, _ in seen] == [0, 2, 4, 5]
     assert all(name == "MainThread" for _, name in seen)
 
 
@@ -187,8 +190,6 @@ def test_a_separate_engine_has_weights_of_its_own():
     def texts(found):
         return [completion.token_ids for completion in found.generate(prompts, 1, greedy, seed=0)]
 
-    from grpo_fast.engines.base import Sampling
-
     greedy = Sampling(temperature=0, max_new_tokens=12)
     before = texts(engine)
     with torch.no_grad():
@@ -224,6 +225,15 @@ def test_overlong_needs_lengths():
         scorer([prompt], ["a"])
 
 
+def test_the_limit_leaves_truncated_sampling_alone():
+    plain = TrainConfig()
+    assert mismatch_limit(plain) == 0.1
+    loss = replace(plain.loss, mismatch="truncate")
+    cut = replace(plain, loss=loss, rollout=replace(plain.rollout, top_p=0.9))
+    assert mismatch_limit(cut) == 0
+    assert mismatch_limit(replace(cut, engine=replace(cut.engine, max_mismatch=0.3))) == 0.3
+
+
 def batch(tokens: int, k3: float, mean: float = 0.5, **more: float) -> dict[str, torch.Tensor]:
     values = {"tokens": tokens, "mismatch_k3": k3, "mismatch_mean": mean, **more}
     return {name: torch.tensor(float(value)) for name, value in values.items()}
@@ -233,25 +243,22 @@ def test_a_large_mismatch_stops_the_run():
     check_mismatch([batch(90, 0.0), batch(10, 0.9)], 0.1)
     check_mismatch([batch(1, 50.0)], 0.0)
     check_mismatch([batch(1, float("nan"))], 0.1)  # a non-finite step is skipped, not given up
-    with pytest.raises(UserError, match=r"KL divergence 0.5 .*max_mismatch = 0.1, 0.25 a token"):
+    with pytest.raises(UserError, match=r"KL divergence 0.5, .* 0.1 .*max_mismatch.*, 0.25 a token"):
         check_mismatch([batch(50, 0.0, 0.0), batch(50, 1.0, 0.5)], 0.1)
 
 
-def test_the_run_ends_in_one_line_with_its_steps_kept(run, capsys, monkeypatch, tmp_path):
-    generate = LocalEngine.generate
+def test_the_run_ends_in_one_line_with_its_steps_kept(run, capsys, monkeypatch):
+    completion = generation.Run.completion
 
-    def wrong(self, *given, **named):
-        found = generate(self, *given, **named)
-        if self.version == 3:
-            found = [replace(completion, logprobs=completion.logprobs - 2.0) for completion in found]
-        return found
+    def wrong(self, prompt, sample, version):
+        found = completion(self, prompt, sample, version)
+        return replace(found, logprobs=found.logprobs - 2.0) if version == 3 else found
 
-    monkeypatch.setattr(LocalEngine, "generate", wrong)
+    monkeypatch.setattr(generation.Run, "completion", wrong)
     with pytest.raises(AssertionError):
         run("off", "--run.eval-every", "0")
     said = capsys.readouterr().err
     assert "KL divergence" in said and "3 steps are kept" in said and "Traceback" not in said
-    monkeypatch.undo()
 
 
 def test_the_effective_sample_size():

@@ -14,7 +14,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.grpo import update
 from grpo_fast.models.head import head_of
 from grpo_fast.models.policy import LoraSettings, Policy
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.packing import pack
 from tests.test_grpo import config, rollout
 from tests.tiny import save_policy

@@ -18,7 +18,7 @@ from grpo_fast.models.reward_data import Head, Layout
 from grpo_fast.models.reward_fit import TrainingSet, make_optimizer, update
 from grpo_fast.models.reward_loss import Targets, head_losses, weighted
 from grpo_fast.models.reward_model import RewardModel
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 
 NAN = float("nan")
 HEADS = (

@@ -430,7 +430,8 @@ def test_the_command_line_of_a_server() -> None:
     ("given", "field", "message"),
     [
         ({"kind": "local", "url": "http://127.0.0.1:1"}, "url", "needs engine.kind = vllm"),
-        ({"kind": "local", "sleep": True}, "sleep", "needs engine.kind = vllm"),
+        ({"kind": "local", "devices": "1"}, "devices", "needs engine.kind = vllm"),
+        ({"cuda_graphs": "off", "executable": "vllm"}, "cuda_graphs", "needs engine.kind = local"),
         ({"kind": "vllm"}, "kind", "needs engine.url or engine.executable"),
         (
             {"url": "http://127.0.0.1:1", "executable": "vllm"},

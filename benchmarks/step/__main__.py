@@ -44,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cases", nargs="+", default=[], help="GPU: only these")
     parser.add_argument("--seconds", type=float, default=480, help="GPU: the cases take no longer than this")
-    parser.add_argument("--output", type=Path, help="CPU: the JSON file; GPU: the folder of the JSON files")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="CPU: the JSON file (benchmarks/results/step-cpu.json for every part with a peer, else none); GPU: the "
+        "folder of the JSON files",
+    )
     args = parser.parse_args(argv)
     prepare_libraries(args.threads)
     if args.device == "cuda":
@@ -55,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.clock == "cpu":
         timing.clock = time.process_time
-    output = args.output or (None if args.quick else Path("benchmarks/results/step-cpu.json"))
+    # What is committed compares with the peer: a smaller run goes to a file where one is named, else to the screen.
+    whole = args.peer_python and not args.quick and not args.parts
+    output = args.output or (Path("benchmarks/results/step-cpu.json") if whole else None)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {}

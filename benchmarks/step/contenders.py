@@ -26,7 +26,7 @@ from grpo_fast.engines.base import Completion
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.grpo import update
 from grpo_fast.models.policy import Policy
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.rollout import Rollout, collect, rollout_metrics
 from grpo_fast.scoring import Scored
 from grpo_fast.task import Task

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from benchmarks.step import timing
 from grpo_fast.attention.function import ATTENTION_NAME, attention
 from grpo_fast.models.policy import Policy
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 
 PHASES = ("prefill", "decode", "sampling", "scoring", "body", "attention", "head", "optimizer", "other")
 

@@ -193,6 +193,8 @@ def _check_together(config: TrainConfig) -> None:
         )
     if config.engine.merge_lora and not policy.lora_rank:
         raise FieldError("engine.merge_lora", "needs policy.lora_rank: there is no adapter to merge")
+    if policy.compile == "on" and config.memory.activations_on_host:
+        raise FieldError("policy.compile", "cannot be given with memory.activations_on_host")
     if policy.quantize != "none" and not policy.model:
         raise FieldError("policy.quantize", "needs policy.model: the miniature is too small for it")
     if policy.quantize != "none" and not policy.lora_rank:

@@ -55,6 +55,17 @@ def advantage_choice(config: TrainConfig) -> tuple[Mode, Scale]:
     return (mode if chosen.mode == "auto" else chosen.mode, scale if chosen.scale == "auto" else chosen.scale)
 
 
+def mismatch_limit(config: TrainConfig) -> float:
+    """KL divergence between engine and trainer that stops a run; 0: none does.
+
+    Truncated sampling draws from another distribution on purpose, however far away that is.
+    """
+    if config.engine.max_mismatch is not None:
+        return config.engine.max_mismatch
+    rollout = config.rollout
+    return 0.0 if rollout.top_k or rollout.top_p < 1 or rollout.min_p else 0.1
+
+
 def constant_normalizer(config: TrainConfig, sequences: int) -> float:
     """What `aggregation = "constant"` divides a step's summed token losses by.
 

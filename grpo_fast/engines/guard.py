@@ -41,7 +41,8 @@ class Guard:
     ) -> None:
         self.engine = engine
         self._vocabulary, self._retries, self._weights = vocabulary, retries, weights
-        self._version = -1  # none were handed over
+        self._version = 0
+        self._pushed = False
         self._repeated = 0
 
     def generate(
@@ -80,9 +81,9 @@ class Guard:
 
     def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand new weights over; the same version again is not."""
-        if version == self._version:
+        if self._pushed and version == self._version:
             return
-        self._version = version
+        self._version, self._pushed = version, True
         first = [named_parameters]  # may be read once only
 
         def attempt() -> None:

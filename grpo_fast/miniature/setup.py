@@ -22,7 +22,7 @@ from grpo_fast.models.reward_data import Layout, heads_of
 from grpo_fast.models.reward_fit import fit
 from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
 from grpo_fast.models.reward_quality import measure
-from grpo_fast.optim import Optimizer, learning_rate
+from grpo_fast.optim.optimizer import Optimizer, learning_rate
 from grpo_fast.packing import pack
 from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import write_atomically

@@ -22,7 +22,7 @@ from grpo_fast.models.reward_data import label_matrix
 from grpo_fast.models.reward_loss import Targets, head_losses, weighted
 from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.models.reward_text import Encoded, encode_examples
-from grpo_fast.optim import Optimizer, learning_rate
+from grpo_fast.optim.optimizer import Optimizer, learning_rate
 
 WINDOW_BATCHES = 16  # batches are cut from windows of this many, sorted by length
 

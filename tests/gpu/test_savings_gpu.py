@@ -17,11 +17,11 @@ from grpo_fast.config.settings import (
 from grpo_fast.data.prompts import Prompt
 from grpo_fast.engines.base import Completion
 from grpo_fast.grpo import update
-from grpo_fast.host import _host_block
 from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.models.activations import activations_on_host
 from grpo_fast.models.policy import LoraSettings, Policy
-from grpo_fast.optim import Kind, Optimizer, Where
+from grpo_fast.optim.host import _host_block
+from grpo_fast.optim.optimizer import Kind, Optimizer, Where
 from grpo_fast.rollout import Rollout
 from grpo_fast.scoring import Scored
 from tests.tiny import causal_lm, save_policy

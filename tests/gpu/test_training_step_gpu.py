@@ -21,7 +21,7 @@ from grpo_fast.engines.local import LocalEngine
 from grpo_fast.grpo import update
 from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.models.policy import Policy
-from grpo_fast.optim import Optimizer
+from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.packing import PackedBatch, pack
 from grpo_fast.rollout import Rollout
 from grpo_fast.scoring import Scored

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from grpo_fast import lowbit
-from grpo_fast.host import GradientPort, HostRoom, publish
+from grpo_fast.optim import lowbit
+from grpo_fast.optim.host import GradientPort, HostRoom, publish
 
 Schedule = Literal["constant", "cosine", "linear"]
 Kind = Literal["adamw", "adamw8bit", "adafactor"]

@@ -1,0 +1,1 @@
+"""One optimizer step: where its states live, and in how many bits."""
