@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -301,7 +302,7 @@ def test_stop_strings_of_a_byte_level_tokenizer(string: str) -> None:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    ids: list[int] = tokenizer.encode(
+    ids: Any = tokenizer.encode(
         "A naïve: tale of 日 and 日本, long before the END.\n\n 🙂 Stop he" + "re and there" * 3
     )
     ids = [token for one in ids for token in (one, *[tokenizer.pad_token_id] * (one % 7))]

@@ -17,7 +17,7 @@ class EngineSettings:
     sleep: bool = False
     """The engine gives its GPU memory (cache, graphs, a server's weights) back while the policy is trained."""
     max_mismatch: float | None = None
-    """KL divergence (k3) of engine and trainer that stops the run; unset: 0.1 (none with top_k, top_p, min_p); 0: none."""
+    """KL (k3) of engine and trainer that stops the run; unset: 0.1 (none with top_k, top_p, min_p); 0: never."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """local: decode by captured CUDA graphs, checked against the eager step; auto: on a CUDA device."""
     kv_dtype: Literal["auto", "fp8"] = "auto"
