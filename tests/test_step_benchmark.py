@@ -38,8 +38,8 @@ def test_a_quick_run_has_every_row(record):
     assert {"engine", "generate"} <= set(record["generation"]["median_s"])
     ratios = [*record["step"]["speedup"].values(), *record["generation"]["speedup"].values()]
     ratios += [
-        record["packing"]["speedup"],
-        record["packing"]["speedup_over_sorted"],
+        record["packing"]["tiny"]["speedup"],
+        record["packing"]["tiny"]["speedup_over_sorted"],
         record["skipping"]["slope"],
     ]
     ratios += [row["reached"] for rows in record["prefix"].values() for row in rows]

@@ -116,9 +116,9 @@ def table(record: dict[str, Any]) -> str:
                 f"{'prefix':12}{name + ', ' + str(row['prompt']) + '/' + str(row['completion']):30}"
                 f"saved {row['saved']:.1%}, tokens say {row['predicted']:.1%}: {row['reached']:.1%} of it"
             )
-    if "packing" in record:
-        for name, value in record["packing"]["median_s"].items():
-            lines.append(f"{'packing':12}{name:30}{1000 * value:>10.1f} ms")
+    for model, row in record.get("packing", {}).items():
+        for name, value in row["median_s"].items():
+            lines.append(f"{'packing':12}{model + ', ' + name:42}{1000 * value:>10.1f} ms")
     if "skipping" in record:
         for name, value in record["skipping"]["median_s"].items():
             lines.append(f"{'skipping':12}{name + ' of the groups':30}{1000 * value:>10.1f} ms")

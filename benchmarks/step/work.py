@@ -76,6 +76,8 @@ class Shape:
 
 
 TINY = Shape(hidden=128, layers=4, heads=4, key_heads=2, inner=384, vocabulary=8192)
+SMALL = Shape(hidden=256, layers=4, heads=4, key_heads=2, inner=1408, vocabulary=8192)
+"""Its head makes 29% of its products' arithmetic, as that of Qwen2.5 0.5B makes 28%; of `TINY` it is 58%."""
 MIDDLE = Shape(hidden=512, layers=2, heads=8, key_heads=2, inner=2816, vocabulary=1024)
 QWEN = {
     "0.5b": Shape(hidden=896, layers=24, heads=14, key_heads=2, inner=4864, vocabulary=151936),
