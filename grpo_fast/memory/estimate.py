@@ -29,12 +29,12 @@ from grpo_fast.models.lora import LoraSettings
 
 RUNTIME_BYTES = 505 << 20
 """CPU: Python with torch, transformers and peft imported, and the first matrix products' buffers (torch 2.13)."""
-HEAP_BYTES = 100 << 20
-HEAP_SHARE = 0.55
+HEAP_BYTES = 60 << 20
+HEAP_SHARE = 0.75
 HEAP_SHARE_LORA = 1.5
-"""CPU: what the C library's heap holds beyond the tensors alive: a floor, and a share of what an update frees again
-(without its gradients), larger with an adapter. Fitted with glibc to the first five cases of
-`benchmarks/results/memory-cpu.json`; of the others, an adapter with checkpointing comes out 23% too low."""
+"""CPU: what the C library's heap holds beyond the tensors alive: a floor, and a share of what is kept for the backward
+pass, larger with an adapter. Fitted with glibc to `benchmarks/results/memory-cpu.json`, where one case of 18, an adapter
+with checkpointing, stays too low."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,7 @@ def _total(
     if work.ahead:
         updating += generating["peak"]
     share = HEAP_SHARE if full else HEAP_SHARE_LORA
-    heap = 0 if on_gpu else HEAP_BYTES + round(share * max(0, updating - sums))
+    heap = 0 if on_gpu else HEAP_BYTES + round(share * update.kept)
     runtime = 0 if on_gpu else RUNTIME_BYTES
     always = runtime + heap + resident
     return MemoryEstimate(
