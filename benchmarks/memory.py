@@ -219,6 +219,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
             )
     axis.set_xscale("log")
     axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter("{x:g}")
     axis.set_xlabel("measured peak, GiB")
     axis.set_ylabel("predicted before loading, GiB")
     axis.set_title(f"Memory of a run · {record['device']}", fontsize=10, loc="left")

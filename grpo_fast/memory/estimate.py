@@ -33,7 +33,7 @@ HEAP_BYTES = 60 << 20
 HEAP_SHARE = 0.75
 HEAP_SHARE_LORA = 1.5
 """CPU: what the C library's heap holds beyond the tensors alive: a floor, and a share of what is kept for the backward
-pass, larger with an adapter. Fitted with glibc to `benchmarks/results/memory-cpu.json`, where one of 18 cases, an adapter
+pass, larger with an adapter. Fitted with glibc to `benchmarks/results/memory-cpu.json`; one of its 18 cases, an adapter
 with checkpointing, stays too low."""
 
 
