@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class HalfUpdated(UserError):
+    """The same in the middle of a step whose weights have moved already: they must not be saved as a step's end."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, by the whole or by the part after the last dot; None: none is."""
 

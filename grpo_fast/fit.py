@@ -16,7 +16,7 @@ from grpo_fast.config.resolve import (
 )
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
-from grpo_fast.memory.choose import GIB, Choice, as_asked, choose, gib, refusal
+from grpo_fast.memory.choose import GIB, NF4_BYTES, Choice, as_asked, choose, gib, refusal
 from grpo_fast.memory.device import available_bytes
 from grpo_fast.memory.estimate import Planner, Work, rough_bytes
 from grpo_fast.miniature.setup import tiny_config
@@ -29,8 +29,6 @@ MINIATURE_PROMPT_TOKENS = 48
 """More than the longest prompt of the embedded world has"""
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}
 """A trained parameter's; in 8 bits a block of 256 has a float32 scale."""
-NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384
-"""A weight's: four bits, an 8-bit scale for 64 of them, and a float32 scale for 256 of those."""
 
 
 def fitted(config: TrainConfig) -> TrainConfig:
@@ -42,6 +40,7 @@ def fitted(config: TrainConfig) -> TrainConfig:
     device = resolve_device(config)
     planner = Planner(work_of(config, models_of(config)))
     given, available = round(config.memory.limit_gib * GIB), available_bytes(device)
+    available -= round(planner.work.server_share * available)
     limit = min(given or available, available)
     if rough_bytes(planner.work) <= limit:
         return config
@@ -133,5 +132,11 @@ def work_of(config: TrainConfig, models: Models) -> Work:
         optimizer_parked=config.memory.optimizer == "while_training",
         activations_on_host=config.memory.activations_on_host,
         ahead=config.rollout.ahead,
+        engine=config.engine.kind == "local",
+        engine_sleeps=config.engine.sleep,
+        server_share=config.engine.gpu_memory_utilization
+        if config.engine.executable and not config.engine.devices and not config.engine.sleep
+        else 0.0,
+        merged_copies=config.engine.merge_lora and config.engine.merge_copies == "device",
         fp8_cache=config.engine.kv_dtype == "fp8",
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_fast.budget import TokenBudget
 from grpo_fast.config.resolve import constant_normalizer, loss_config, mismatch_limit
 from grpo_fast.config.settings import TrainConfig
-from grpo_fast.errors import UserError
+from grpo_fast.errors import HalfUpdated, UserError
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.packing import PackedBatch, pack
@@ -65,14 +65,19 @@ def update(
             add_up = partial(
                 add_up_gradients, policy, rollout.advantages, known, loss, config, normalizer=normalizer
             )
-            step_losses, step_metrics = budget.run(batches_of, add_up, undo=optimizer.discard)
+            try:
+                step_losses, step_metrics = budget.run(batches_of, add_up, undo=optimizer.discard)
+                check_mismatch(step_metrics, mismatch_limit(config), ahead=config.rollout.ahead)
+            except UserError as error:
+                if norms:
+                    raise HalfUpdated(str(error)) from error
+                raise
             losses += step_losses
             batch_metrics += step_metrics
-            check_mismatch(step_metrics, mismatch_limit(config))
             try:
                 norm, taken = optimizer.step(lr)
             except torch.OutOfMemoryError as error:
-                raise UserError(
+                raise HalfUpdated(
                     "out of memory in the optimizer's step: keep its states elsewhere (memory.optimizer host) or make "
                     "them smaller (optim.optimizer adamw8bit or adafactor, policy.lora_rank)"
                 ) from error
@@ -206,7 +211,7 @@ def look_up_logprobs(
                 rows[index] = values
 
 
-def check_mismatch(batches: list[dict[str, Tensor]], limit: float) -> None:
+def check_mismatch(batches: list[dict[str, Tensor]], limit: float, *, ahead: bool = False) -> None:
     """UserError where the engine's log-probs are further from the trainer's than `limit` (0: any distance goes).
 
     Measured by the k3 estimate of KL(engine, trainer) over the tokens of the micro-batches `batches`; asked before
@@ -222,10 +227,14 @@ def check_mismatch(batches: list[dict[str, Tensor]], limit: float) -> None:
     )
     divergence, gap = ((table[:, 0] @ table[:, 1:]) / table[:, 0].sum().clamp(min=1)).tolist()
     if divergence > limit:
+        older = (
+            "With rollout.ahead one update lies between the two: a lower optim.lr brings them nearer. "
+            * ahead
+        )
         raise UserError(
             f"the engine's log-probs differ from the trainer's: KL divergence {divergence:.3g}, over the limit of "
-            f"{limit:g} (engine.max_mismatch), {gap:.3g} a token on average. See that the engine has the same weights, "
-            "dtype and sampling, correct for it with loss.mismatch, or raise the limit"
+            f"{limit:g} (engine.max_mismatch), {gap:.3g} a token on average. {older}See that the engine has the same "
+            "weights, dtype and sampling, raise the limit, or begin a new run that corrects for it (loss.mismatch)"
         )
 
 

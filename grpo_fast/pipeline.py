@@ -37,6 +37,8 @@ class Pipeline:
         self._queue, self._task, self._engine, self._config = queue, task, engine, config
         self._timer = timer
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
+        device = task.policy.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and config.rollout.ahead else None
         self._coming: Future[tuple[Rollout, dict[str, float]]] | None = None
         self.metrics: dict[str, float] = {}
         """Of the last rollout: groups replaced, seconds generated ahead."""
@@ -71,11 +73,9 @@ class Pipeline:
     def _make_aside(self, step: int, weights: Tensor) -> tuple[Rollout, dict[str, float]]:
         """The same in the thread, on a CUDA stream of its own."""
         started = time.perf_counter()
-        device = self._task.policy.device
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if stream:
-            stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.default_stream(self._task.policy.device))
+        with torch.cuda.stream(self._stream):
             rollout, metrics = self._make(step, weights, lambda _: nullcontext())
         return rollout, metrics | {"time/ahead_s": time.perf_counter() - started}
 
@@ -93,13 +93,14 @@ class Pipeline:
             return found
 
         rollout = groups(config.rollout.prompts_per_step, seed)
-        replaced = 0
+        replaced, generated = 0, rollout.tokens
         for attempt in range(1, config.rollout.refill + 1):
             missing = sum(rollout.flat)
             if not missing:
                 break
-            rollout = refilled(
-                rollout, groups(missing, seed + attempt * ROUND_SEEDS), task.scorer, config, weights
-            )
+            more = groups(missing, seed + attempt * ROUND_SEEDS)
+            generated += more.tokens
+            rollout = refilled(rollout, more, task.scorer, config, weights)
             replaced += missing - sum(rollout.flat)
-        return rollout, {"refilled_groups": float(replaced)} if config.rollout.refill else {}
+        metrics = {"refilled_groups": float(replaced)} if config.rollout.refill else {}
+        return rollout, metrics | {"generated_tokens": float(generated)}

@@ -43,6 +43,11 @@ class Rollout:
         return [prompt.token_ids for prompt in self.prompts]
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all completions."""
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
     def flat(self) -> list[bool]:
         """(P,) groups whose completions all have the advantage 0: nothing can be learned from them."""
         return (self.advantages.view(len(self.prompts), -1) == 0).all(1).tolist()
@@ -167,5 +172,5 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str], group_size: int) -> 
         "length_max": lengths.max().item(),
         "truncated_frac": cut / len(lengths),
         "flat_groups_frac": flat,
-        "generated_tokens": lengths.sum().item(),
+        "generated_tokens": float(rollout.tokens),
     }

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from grpo_fast.config.settings import TrainConfig
-from grpo_fast.errors import UserError
+from grpo_fast.errors import HalfUpdated, UserError
 from grpo_fast.evaluate import Evaluation
 from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.run import checkpoint
@@ -153,15 +153,21 @@ class Steps:
             self._save()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError(
+                "out of memory outside a micro-batch: lower reward models' or rollouts' share (rollout.max_rows, "
+                "engine.sleep), or give the run a memory.limit_gib to fit into"
+            )
         if not isinstance(error, UserError):
             return
         if self.done > self._logged:
             self._log()
-        if self.done > self._saved and not self._refused:
+        if self.done > self._saved and not self._refused and not isinstance(error, HalfUpdated):
             self._save()
         if self._saved:
             hint = f"{self._saved} steps are kept, go on with --resume {self._run.path}"
             raise UserError(f"{error}; {hint}") from error
+        raise error
 
     def _log(self) -> None:
         self._logged = self.done  # once, even where the disk refuses

@@ -20,7 +20,7 @@ from grpo_fast.config.resolve import (
 from grpo_fast.config.settings import RolloutSettings, TrainConfig
 from grpo_fast.data.prompts import Prompt, Row, hold_out, read_rows, spaced, tokenize
 from grpo_fast.engines.base import Sampling
-from grpo_fast.engines.choose import check_engine
+from grpo_fast.engines.choose import check_engine, check_policy
 from grpo_fast.errors import UserError
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.models.policy import Policy, SavedPolicy
@@ -158,6 +158,7 @@ def load(config: TrainConfig, inputs: Inputs) -> Task:
         compiled=compiles(config, device),
     )
     policy.self_check()
+    check_policy(config, policy)
     return Task(
         policy=policy,
         scorer=scorer_of(

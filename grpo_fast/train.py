@@ -10,7 +10,7 @@ import time
 from grpo_fast.attention.backends import use
 from grpo_fast.budget import TokenBudget
 from grpo_fast.config.command_line import TRAIN, parse
-from grpo_fast.config.resolve import loss_config, run_path
+from grpo_fast.config.resolve import loss_config, run_path, select_device
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
@@ -113,9 +113,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                 optimizer.offload()
             for line in policy.news():
                 run.progress.message(line)
-            metrics |= pipeline.metrics | rollout_metrics(
-                rollout, task.scorer.names, config.rollout.group_size
-            )
+            metrics |= rollout_metrics(rollout, task.scorer.names, config.rollout.group_size)
+            metrics |= pipeline.metrics
             metrics |= task.scorer.counts() | engine.counts()
             metrics |= multipliers.update(task.scorer.used(rollout.scored))
             for name, sign in watch.step(metrics).items():
@@ -154,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
 def _command(argv: list[str] | None) -> int:
     asked = parse(argv, TRAIN)
     prepare_libraries(asked.config.threads)
-    config = asked.config if asked.resume else fitted(asked.config)  # a run goes on as it was begun
+    config = fitted(asked.config)
+    select_device(config)
     inputs = check_inputs(config, own_heads=() if config.policy.model or config.reward.model else OBJECTIVES)
     if asked.dry_run:
         print_plan(config, inputs)

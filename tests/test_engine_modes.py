@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from grpo_kernels import LossConfig, grpo_loss, linear_logprob
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from grpo_fast.attention.group_cache import GroupCache
 from grpo_fast.attention.paged import PAGE
@@ -26,7 +27,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.models.head import head_of
 from grpo_fast.models.lora import LoraSettings, add_lora
-from tests.families import FAMILIES, packed_logprobs, ragged, tiny_model
+from tests.families import FAMILIES, VOCAB, packed_logprobs, ragged, tiny_model
 
 PROMPTS = ragged(groups=5)[0]
 STOPS = (3, 4, 5)
@@ -154,11 +155,19 @@ def spoiling(run: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
+def idle(run: Callable[[], object]) -> Callable[[], object]:
+    """A capture that computes once, and a replay that does nothing."""
+    run()
+    return lambda: None
+
+
 def refusing(run: Callable[[], object]) -> Callable[[], object]:
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
-@pytest.mark.parametrize(("capture", "told"), [(spoiling, "captured step"), (refusing, "not permitted")])
+@pytest.mark.parametrize(
+    ("capture", "told"), [(spoiling, "captured step"), (idle, "captured step"), (refusing, "not permitted")]
+)
 def test_a_bad_capture_is_told_and_not_used(capture, told: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("qwen2")
     engine = like_cuda(LocalEngine(model, max_rows=13), capture)
@@ -168,6 +177,19 @@ def test_a_bad_capture_is_told_and_not_used(capture, told: str, caplog: pytest.L
     [record] = caplog.records
     assert "without CUDA graphs" in record.getMessage() and told in record.getMessage()
     assert isinstance(engine._graphs, StepGraphs) and not engine._graphs.usable
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_only_fill_a_graph_stay_on_the_position_table(seed: int) -> None:
+    """GPT-2 looks positions up: one past the last would be an error, on a GPU one that kills the process."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40, "vocab_size": VOCAB}
+    model = AutoModelForCausalLM.from_config(GPT2Config(**sizes)).eval()
+    sampling = Sampling(max_new_tokens=20, stop_token_ids=(3, 4, 5, 6, 7, 8))
+    prompts = [list(range(10, 10 + length)) for length in (20, 12, 5)]
+    want = texts(LocalEngine(model, max_rows=11).generate(prompts, 5, sampling, seed=seed))
+    engine = like_cuda(LocalEngine(model, max_rows=11), runs_again)
+    assert texts(engine.generate(prompts, 5, sampling, seed=seed)) == want
 
 
 def test_buckets() -> None:

@@ -23,7 +23,7 @@ from grpo_fast.rewards.overlong import Overlong
 from grpo_fast.rollout import refilled
 from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import read_rows
-from grpo_fast.scoring import Scored, Scorer
+from grpo_fast.scoring import Scored, Scorer, Scoring
 from tests.families import ragged, tiny_model
 from tests.test_grpo import GROUP, rollout
 from tests.test_train import metrics, run_command
@@ -223,6 +223,51 @@ def test_overlong_needs_lengths():
     assert scorer([prompt, prompt], ["a", "b"], [2, 4]).rewards.tolist() == [[0.0], [-1.0]]
     with pytest.raises(ValueError, match="lengths"):
         scorer([prompt], ["a"])
+
+
+def test_running_out_of_memory_outside_a_micro_batch_keeps_the_steps(run, capsys, monkeypatch):
+    scored = []
+    result = Scoring.result
+
+    def failing(self):
+        scored.append(1)
+        if len(scored) == 4:  # the evaluation before, two steps
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return result(self)
+
+    monkeypatch.setattr(Scoring, "result", failing)
+    with pytest.raises(AssertionError):
+        run("full", "--run.eval-every", "0")
+    said = capsys.readouterr().err
+    assert "error: out of memory outside a micro-batch" in said and "2 steps are kept" in said
+
+
+def test_a_step_that_ends_half_way_is_not_saved(run, capsys, monkeypatch, tmp_path):
+    flags = [
+        "--optim.minibatches",
+        "2",
+        "--loss.kl-coef",
+        "0.01",
+        "--run.save-every",
+        "2",
+        "--run.eval-every",
+        "0",
+    ]
+    whole = run("whole", *flags)
+    calls = []
+
+    def failing(*_, **__):
+        calls.append(1)
+        if len(calls) == 8:  # the second minibatch of step 4
+            raise UserError("too far")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo_fast.grpo.check_mismatch", failing)
+        with pytest.raises(AssertionError):
+            run("cut", *flags)
+    assert "too far; 2 steps are kept" in capsys.readouterr().err
+    assert run_command("--resume", tmp_path / "cut") == 0
+    assert metrics(tmp_path / "cut") == metrics(whole)
 
 
 def test_the_limit_leaves_truncated_sampling_alone():

@@ -30,7 +30,7 @@ from grpo_fast.run.metrics import write_atomically
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit code 1 where a GPU case failed."""
     parser = Parser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--peer-python", help="a Python with trl installed; without it TRL is not measured")
     parser.add_argument("--repeats", type=int, default=9, help="CPU: rounds after the warm-up")
     parser.add_argument("--parts", nargs="+", choices=cpu.PARTS, default=[], help="CPU: only these")
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     prepare_libraries(args.threads)
-    if args.device == "cuda":
+    on_gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if on_gpu and not args.quick:
         from benchmarks.step import gpu
 
         return gpu.run_cases(

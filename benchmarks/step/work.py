@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.config.settings import (
     AdvantageSettings,
     LossSettings,
@@ -148,6 +149,7 @@ def config_of(
 ) -> TrainConfig:
     """A run's settings for this work: the GRPO preset without a KL term, rewards compared within their group."""
     return TrainConfig(
+        engine=EngineSettings(max_mismatch=0.0),  # some rollouts' log-probs are made up
         device=device,
         policy=PolicySettings(lora_rank=lora_rank, gradient_checkpointing=checkpointing),
         rollout=RolloutSettings(

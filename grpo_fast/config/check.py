@@ -194,11 +194,26 @@ def _check_together(config: TrainConfig) -> None:
     if config.engine.merge_lora and not policy.lora_rank:
         raise FieldError("engine.merge_lora", "needs policy.lora_rank: there is no adapter to merge")
     if policy.compile == "on" and config.memory.activations_on_host:
-        raise FieldError("policy.compile", "cannot be given with memory.activations_on_host")
+        raise FieldError(
+            "policy.compile", "has not been tried with memory.activations_on_host; use one of them"
+        )
     if policy.quantize != "none" and not policy.model:
         raise FieldError("policy.quantize", "needs policy.model: the miniature is too small for it")
     if policy.quantize != "none" and not policy.lora_rank:
         raise FieldError("policy.quantize", "needs policy.lora_rank: weights in 4 bits cannot be trained")
+    if rollout.ahead:
+        every = {"eval_every": config.run.eval_every, "save_every": config.run.save_every}
+        for name, value in every.items():
+            if value == 1:
+                raise FieldError(
+                    f"run.{name}", "= 1 leaves rollout.ahead nothing to do: each step waits for it"
+                )
+        if config.engine.sleep:
+            raise FieldError("engine.sleep", "frees memory while training, when rollout.ahead generates")
+    if config.engine.merge_copies != "device" and not config.engine.merge_lora:
+        raise FieldError("engine.merge_copies", "needs engine.merge_lora")
+    if config.engine.merge_lora and policy.quantize != "none":
+        raise FieldError("engine.merge_lora", "cannot add adapters to weights in 4 bits; leave it off")
     if rollout.ahead and config.memory.optimizer == "while_training":
         raise FieldError(
             "memory.optimizer",

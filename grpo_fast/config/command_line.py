@@ -125,7 +125,10 @@ TRAIN: Command[TrainConfig] = Command(
         "policy.backend",
         "policy.liger",
         "memory.",
+        "engine.",
         "policy.compile",
+        "policy.attention",
+        "policy.gradient_checkpointing",
     ),
     adapt=_adapt_train,
 )

@@ -111,6 +111,13 @@ def resolve_device(config: TrainConfig) -> torch.device:
     return device
 
 
+def select_device(config: TrainConfig) -> None:
+    """Make the run's device the current one: streams, graphs and kernels belong to that."""
+    device = resolve_device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def check_packages(config: TrainConfig) -> None:
     """Raises `FieldError` for a setting whose package is not installed; the packages are not imported."""
     for name, value, package in (
@@ -182,7 +189,7 @@ def check_paths(config: TrainConfig) -> None:
     named += [("reward.model", split_name(spec)[1]) for spec in config.reward.model]
     for name, value in named:
         path = Path(value)
-        if (path / "config.json").is_file():
+        if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             continue
         if path.is_dir():
             raise FieldError(name, f"is the folder {value}, which has no config.json")

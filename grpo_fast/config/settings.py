@@ -176,7 +176,7 @@ class RolloutSettings:
     rest: int = 0
     """Most times in a row a prompt whose last groups gave no signal is passed over; 0: never."""
     ahead: bool = False
-    """Generate the next batch while this one is trained on, by weights one step older (needs loss.mismatch)."""
+    """Generate the next batch while this one trains, by a copy of the weights one step older (needs loss.mismatch)."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a completion besides the tokenizer's and the model's own."""
     stop_strings: tuple[str, ...] = ()

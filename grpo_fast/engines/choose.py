@@ -71,15 +71,33 @@ def builtin_engine(
     separate: bool = False,
 ) -> LocalEngine | PlainEngine:
     """The engine of this process that can serve the policy: on the weights that are trained, or on `separate` ones."""
-    sinks = any(name.endswith(".sinks") for name, _ in policy.model.named_parameters())
-    if sinks or not policy.packed:  # the decode step knows no attention sinks
-        if separate:
-            raise UserError(
-                "rollout.ahead: the policy's sequences cannot be packed, so it must generate before it trains"
-            )
+    if _needs_generate(policy):
         return PlainEngine(policy.model, max_rows=max_rows)
     kind = SeparateEngine if separate else LocalEngine
     return kind(policy.model, max_rows=max_rows, settings=settings, decode=decode)
+
+
+def _needs_generate(policy: Policy) -> bool:
+    """Whether the built-in engine cannot decode it: it cannot be packed, or has attention sinks."""
+    return not policy.packed or any(name.endswith(".sinks") for name, _ in policy.model.named_parameters())
+
+
+def check_policy(config: TrainConfig, policy: Policy) -> None:
+    """UserError for settings of the built-in engine that a policy which only `generate` can decode cannot have."""
+    if config.engine.kind != "local" or not _needs_generate(policy):
+        return
+    asked = {
+        "rollout.ahead": config.rollout.ahead,
+        "rollout.stop_strings": bool(config.rollout.stop_strings),
+        "engine.kv_dtype": config.engine.kv_dtype != "auto",
+        "engine.merge_lora": config.engine.merge_lora,
+    }
+    for name, given in asked.items():
+        if given:
+            kind = type(policy.model).__name__
+            raise UserError(
+                f"{name}: {kind} can only be decoded by its own generate, which has no such thing"
+            )
 
 
 def check_engine(config: TrainConfig) -> None:

@@ -32,6 +32,8 @@ class Decoder:
         self.head = head
         self.cache = cache
         self.max_rows, self.max_new_tokens = max_rows, max_new_tokens
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.last_position = (limit or 1 << 40) - 1
         device = head.weight.device
         self.token = torch.zeros(max_rows, 1, dtype=torch.int64, device=device)  # (R, 1) the next one fed
         self.position = torch.zeros(max_rows, 1, dtype=torch.int64, device=device)  # (R, 1) its position
@@ -54,7 +56,7 @@ class Decoder:
         uniform = self.uniform[:rows].gather(1, drawn.clamp(max=self.max_new_tokens - 1))[:, 0]
         chosen, logprob = draw(self.head.exact_logits(hidden), uniform, sampling)
         token.copy_(chosen[:, None])
-        position.add_(1)
+        position.add_(1).clamp_(max=self.last_position)  # rows that only fill a graph go on counting
         drawn.add_(1)
         result = self.result[:, :rows]
         result[0].copy_(chosen)

@@ -37,7 +37,7 @@ class CudaCapture:
         # thread_local: a reward model may be working on the same device in a thread of its own
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             run()
-        return graph.replay
+        return lambda: graph.replay()  # looked up when called: a profiler may stand in for it
 
 
 def bucket_of(rows: int, most: int) -> int:
@@ -94,6 +94,7 @@ class StepGraphs:
         try:
             replay = self.capture(lambda: decoder.step(bucket, sampling))
             rewind()
+            decoder.result.fill_(float("nan"))  # a replay that does nothing must not pass
             replay()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]

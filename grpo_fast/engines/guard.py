@@ -175,6 +175,6 @@ def fault(completion: Completion, sampling: Sampling, *, version: int, vocabular
             return "ends with a stop token and says it was cut"
         if len(tokens) != sampling.max_new_tokens:
             return f"was cut after {len(tokens)} tokens, not after max_new_tokens = {sampling.max_new_tokens}"
-    elif tokens[-1] not in stops and not getattr(sampling, "stop_strings", ()):
+    elif tokens[-1] not in stops and not sampling.stop_strings:
         return "says it stopped and ends with no stop token"
     return ""

@@ -26,7 +26,7 @@ def request(model: str, token_ids: list[int], n: int, sampling: Sampling, seed: 
     greedy group is asked for once: its completions are the same.
     """
     greedy = sampling.temperature == 0
-    stop_strings = tuple(getattr(sampling, "stop_strings", ()))
+    stop_strings = tuple(sampling.stop_strings)
     return {
         "model": model,
         "prompt": token_ids,

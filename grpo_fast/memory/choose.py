@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from grpo_fast.memory.estimate import MemoryEstimate, Planner
 from grpo_fast.models.lora import LoraSettings
@@ -14,6 +15,8 @@ LEAST_BUDGET = 256
 LEAST_ROWS = 8
 WITHOUT_CHECKPOINTING = 4
 """Checkpointing (a third more work) is switched on only where a budget this many times smaller does not fit either"""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 16384
+"""A 4-bit weight's: four bits, an 8-bit scale for 64 of them, and a float32 scale for 256 of those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +122,35 @@ def smallest_estimate(planner: Planner) -> MemoryEstimate:
 def _way_out(planner: Planner, limit: int) -> str:
     """The first change of method that fits, with its flags."""
     work = planner.work
-    steps = []
-    if work.lora is None:
-        if work.reference:
-            steps.append(("without a reference", "--loss.kl_coef 0", {"reference": False}))
-        if not work.factored:
-            small = {"reference": False, "factored": True}
-            flags = "--optim.optimizer adafactor" + (" --loss.kl_coef 0" if work.reference else "")
-            steps.append(("with a smaller optimizer", flags, small))
+    on_gpu, full = work.device == "cuda", work.lora is None
+    steps: list[tuple[str, str, dict[str, Any]]] = []
+    # What costs least in speed or in what is trained comes first.
+    if on_gpu and work.engine and not (work.engine_sleeps or work.ahead):
+        asleep = {"engine_sleeps": True}
+        steps.append(("with the engine's cache freed while training", "--engine.sleep", asleep))
+        parked = {**asleep, "optimizer_parked": True}
+        flags = "--engine.sleep --memory.optimizer while_training"
+        steps.append(("with the optimizer off the GPU while generating", flags, parked))
+    if full and work.reference:
+        steps.append(("without a reference", "--loss.kl_coef 0", {"reference": False}))
+    plain = {"reference": False} if full else {}
+    no_kl = " --loss.kl_coef 0" if full and work.reference else ""
+    if full and not work.factored:
+        if work.state_bytes > 4:
+            eight = {**plain, "state_bytes": 2.03}
+            steps.append(("with an optimizer in 8 bits", f"--optim.optimizer adamw8bit{no_kl}", eight))
+        small = {**plain, "factored": True}
+        steps.append(("with a smaller optimizer", f"--optim.optimizer adafactor{no_kl}", small))
+    if on_gpu and full and not work.optimizer_on_host:
+        host = {**plain, "optimizer_on_host": True}
+        steps.append(("with the optimizer on the host", f"--memory.optimizer host{no_kl}", host))
+    if full:
         adapter = {"lora": LoraSettings(rank=16), "reference": False}
         steps.append(("training an adapter", "--policy.lora_rank 16", adapter))
+    if work.frozen_bytes is None:
+        four = {"lora": work.lora or LoraSettings(rank=16), "reference": False, "frozen_bytes": NF4_BYTES}
+        flags = ("--policy.lora_rank 16 " if full else "") + "--policy.quantize nf4"
+        steps.append(("training an adapter on 4-bit weights", flags, four))
     for what, flags, changes in steps:
         other = Planner(replace(work, **changes))
         found = choose(other, limit)

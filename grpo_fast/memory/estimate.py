@@ -84,6 +84,14 @@ class Work:
     """State and masters off the GPU while completions are generated"""
     ahead: bool = False
     """Whether the next completions are generated, by a copy of the weights, while this step is trained"""
+    engine: bool = True
+    """Whether the completions are generated in this process"""
+    engine_sleeps: bool = False
+    """Whether the engine gives its cache back while the policy is trained"""
+    server_share: float = 0.0
+    """Share of the same GPU that a server which generates keeps for itself"""
+    merged_copies: bool = False
+    """Whether the adapted layers' weights are held twice while completions are generated"""
     fp8_cache: bool = False
     """Keys and values of the rollouts in 8 bits"""
     activations_on_host: bool = False
@@ -286,8 +294,14 @@ def _total(
         left = min(sums, 2 * counts.largest * item)  # on their way out
         moved, sums = moved + sums - left, left
     updating = max(update.at_head - moved + scratch, update.peak - moved, sums + optimizer_work)
+    held = 0
     if work.ahead:
         updating += generating["peak"]
+    elif on_gpu and work.engine and not work.engine_sleeps:
+        held = generating["cache"]
+    making = generating["peak"] + (counts.frozen_linear * item if work.merged_copies else 0)
+    if not work.engine:
+        making = held = 0
     share = HEAP_SHARE if full else HEAP_SHARE_LORA
     heap = 0 if on_gpu else HEAP_BYTES + round(share * update.kept)
     runtime = 0 if on_gpu else RUNTIME_BYTES
@@ -309,10 +323,10 @@ def _total(
         heap=heap,
         generate=always
         - (optimizer if on_gpu and work.optimizer_parked else 0)
-        + generating["peak"]
+        + making
         + (scoring if work.overlap else 0),
-        score=always + scoring if scored else 0,
-        update=always + updating,
+        score=always + held + scoring if scored else 0,
+        update=always + held + updating,
     )
 
 
