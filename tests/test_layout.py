@@ -1,6 +1,7 @@
 """The floors of the architecture and the contents of the wheel."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -114,3 +115,10 @@ def test_the_wheel_works_where_the_checkout_is_not(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "1024" in done.stdout or "parameters" in done.stdout
+
+
+def test_the_readme_is_finished():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if re.fullmatch(r"[A-Z]+(_[A-Z]+)+", line)]
+    named = re.findall(r"(?:\]\(|`)((?:benchmarks|docs|configs|kernels)/[\w./-]+\.\w+)", text)
+    assert named and not [path for path in named if not (ROOT / path).is_file()]
