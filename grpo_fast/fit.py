@@ -121,7 +121,7 @@ def work_of(config: TrainConfig, models: Models) -> Work:
         new_tokens=rollout.max_new_tokens,
         max_rows=rollout.max_rows,
         eval_prompts=config.data.eval_size,
-        truncates=rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0,
+        truncates=rollout.truncates,
         reward_models=models.rewards,
         reward_dtype=dtype,
         overlap=overlaps(config, device),

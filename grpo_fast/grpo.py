@@ -1,7 +1,7 @@
 """One GRPO update: pack the sequences with signal, add up micro-batch gradients, step the optimizer."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -46,7 +46,7 @@ def update(
     parts = []
     for sequences in split_by_prompt(rollout, config.optim.minibatches):
         kept = with_signal(rollout, sequences, loss, mask_truncated=config.loss.mask_truncated)
-        batches_of = partial(packed, rollout, kept, policy)
+        batches_of = cache(partial(packed, rollout, kept, policy))  # every pass reads the same batches
         if kept and (several or loss.kl_coef != 0):
             look_up = partial(look_up_logprobs, known, policy, reference, loss, config, old=several)
             budget.run(batches_of, look_up)

@@ -16,7 +16,7 @@ from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.memory.attention import row_plan
-from grpo_fast.memory.estimate import Planner, Work, estimate, rough_bytes
+from grpo_fast.memory.estimate import Planner, Work, rough_bytes
 from grpo_fast.memory.passes import (
     completion_positions,
     count_parameters,
@@ -187,7 +187,7 @@ def test_the_optimizers_state_is_counted(kind: Any):
     optimizer.step(1e-3)
     state = optimizer.inner.state_dict()["state"].values()
     held = sum(x.nbytes for entry in state for x in entry.values() if torch.is_tensor(x) and x.numel() > 1)
-    found = estimate(small_work(factored=kind == "adafactor")).optimizer
+    found = Planner(small_work(factored=kind == "adafactor")).estimate().optimizer
     assert found == pytest.approx(held, rel=0.01)
 
 
@@ -240,9 +240,9 @@ def test_seven_billion_parameters():
 
 
 def test_two_reward_models_cost_two():
-    one, two = (estimate(small_work(reward_models=(config_of("qwen2"),) * n)) for n in (1, 2))
+    one, two = (Planner(small_work(reward_models=(config_of("qwen2"),) * n)).estimate() for n in (1, 2))
     assert two.reward_models == 2 * one.reward_models and two.scoring == one.scoring > 0
-    assert one.score > 0 == estimate(small_work()).score
+    assert one.score > 0 == Planner(small_work()).estimate().score
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
@@ -252,4 +252,4 @@ def test_the_rough_bound_is_above_the_estimate(family: str, lora: LoraSettings |
     models: dict[str, Any] = {"lora": lora, "reference": True, "reward_models": (config,)}
     for shape in ({"new_tokens": 16, "token_budget": 1024}, {"new_tokens": 150, "prompts": 1}):
         work = small_work(**models | {"policy": config, "reward_tokens": 512, "prefill_tokens": 64} | shape)
-        assert rough_bytes(work) > estimate(work).peak
+        assert rough_bytes(work) > Planner(work).estimate().peak

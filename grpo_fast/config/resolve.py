@@ -62,8 +62,7 @@ def mismatch_limit(config: TrainConfig) -> float:
     """
     if config.engine.max_mismatch is not None:
         return config.engine.max_mismatch
-    rollout = config.rollout
-    return 0.0 if rollout.top_k or rollout.top_p < 1 or rollout.min_p else 0.1
+    return 0.0 if config.rollout.truncates else 0.1
 
 
 def constant_normalizer(config: TrainConfig, sequences: int) -> float:

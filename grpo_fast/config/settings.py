@@ -182,6 +182,11 @@ class RolloutSettings:
     stop_strings: tuple[str, ...] = ()
     """Texts that end a completion, wherever their tokens begin and end; what completes them belongs to it."""
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are made impossible, so that completions have another distribution than is trained."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageSettings:

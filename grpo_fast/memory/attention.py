@@ -79,9 +79,11 @@ def counted_attention(
     return paths.padded(q, k, v, padded, scale=scale, window=window, softcap=softcap)[None], None
 
 
-_LEAST_KEYS = {"cpu": 64, "cuda": 1024}
-"""Keys a query from which SDPA takes over from padded rectangles: as the table of back ends has it."""
-assert set(_LEAST_KEYS.values()) == {backend.least_keys for backend in TABLE} - {0}
+_LEAST_KEYS = {
+    device: min(b.least_keys for b in TABLE if b.choice == "sdpa" and device in b.devices)
+    for device in ("cpu", "cuda")
+}
+"""Keys a query from which SDPA takes over from padded rectangles."""
 
 
 class _Flash(torch.autograd.Function):

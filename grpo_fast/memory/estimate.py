@@ -330,11 +330,6 @@ def _total(
     )
 
 
-def estimate(work: Work) -> MemoryEstimate:
-    """The memory of `work`."""
-    return Planner(work).estimate()
-
-
 def rough_bytes(work: Work) -> int:
     """More than the run can need, told in a hundredth of the time: where even this fits, nothing has to be counted."""
     text = work.policy.get_text_config(decoder=True)
