@@ -123,6 +123,30 @@ def test_differences_of_quality_at_equal_cost():
     assert found.estimate == pytest.approx((-0.25, -0.25)) and standing(found) == "ahead"
 
 
+def test_a_run_that_ended_before_the_budget_is_compared_where_it_ended():
+    short = cell("dpo", 0, [(0.0, 0.4), (10.0, 0.5)])
+    record = record_of([paced("grpo", 0, 1), short])
+    found = analysis.compare_qualities(record, "generated_tokens", "mean", "dpo")
+    assert found.estimate == pytest.approx((-0.1, -0.1))
+    broken = short | {
+        "status": "diverged"
+    }  # that one is not coming back: what GRPO does with the budget counts
+    record = record_of([paced("grpo", 0, 1), broken])
+    found = analysis.compare_qualities(record, "generated_tokens", "mean", "dpo")
+    assert found.estimate == pytest.approx((-0.3, -0.3))
+
+
+def test_without_a_judge_what_it_would_measure_is_left_out():
+    cells = [paced(name, seed, 1, quality="reward") for name in ("grpo", "ppo") for seed in range(2)]
+    for found in cells:
+        for entry in found["curve"]:
+            del entry["over_refusal"]
+    record = record_of(cells)
+    assert "over_refusal" not in comparisons(record, "ppo") and "mean" in comparisons(record, "ppo")
+    assert any("no judge" in line for line in analysis.warnings(record))
+    assert not any("over-refusal" in name for table in tables.tables(record) for name in table.head)
+
+
 def test_more_refusals_are_worse():
     cells = [paced(name, seed, 1) for name in ("grpo", "dpo") for seed in range(2)]
     for found in cells:
@@ -188,7 +212,7 @@ def test_a_missing_cell_and_an_early_end_are_said():
     record["algorithms"]["dpo"] = {"title": "DPO", "family": "dpo", "settings": {}}
     record["budget"]["wall_s"] = 500.0
     text = " ".join(analysis.warnings(record))
-    assert "PPO: not measured with seed 1." in text and "DPO: not measured." in text
+    assert "PPO: not measured with seed 1." in text and "DPO offline: not measured." in text
     assert "GRPO ended before the budget of wall time was used up (seeds 0, 1)" in text
 
 
@@ -226,11 +250,11 @@ def test_the_sentences_say_where_grpo_loses():
         paced("dpo", seed, 1 + seed / 10) for seed in range(3)
     ]
     lines = verdicts(record_of(cells))
-    assert any(line.startswith("Wall time") and "GRPO loses to DPO (offline)" in line for line in lines)
-    assert any(line.startswith("Peak memory") and "level with DPO (offline)" in line for line in lines)
+    assert any(line.startswith("Wall time") and "GRPO loses to DPO offline" in line for line in lines)
+    assert any(line.startswith("Peak memory") and "level with DPO offline" in line for line in lines)
     assert not any("ahead" in line for line in lines)
     chosen = {what: (best, same) for what, best, same in choices(record_of(cells))}
-    assert chosen["wall time"] == ("DPO (offline)", "none")
+    assert chosen["wall time"] == ("DPO offline", "none")
 
 
 def test_without_grpo_or_rivals_there_is_no_comparison():

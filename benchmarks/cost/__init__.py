@@ -1,1 +1,1 @@
-"""What alignment costs: GRPO, PPO and DPO on equal terms, measured."""
+"""What alignment costs: GRPO, PPO and DPO on equal terms (`python -m benchmarks.cost`)."""

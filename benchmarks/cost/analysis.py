@@ -21,6 +21,7 @@ from benchmarks.cost.curves import (
     end,
     pareto,
     quality_at,
+    reading,
 )
 from grpo_fast.errors import UserError
 
@@ -30,6 +31,18 @@ SHARES = (0.5, 0.75, 0.9)
 LEVELS = (0.6, 0.7, 0.8)
 HEADLINE = 0.75
 STOPS = 8
+SHORT = {
+    "grpo": "GRPO",
+    "grpo_scalarized": "GRPO scalarised",
+    "grpo_no_kl": "GRPO without KL",
+    "rloo": "RLOO",
+    "reinforce_pp": "REINFORCE++",
+    "ppo": "PPO",
+    "ppo_shared": "PPO shared trunk",
+    "dpo": "DPO offline",
+    "dpo_online": "DPO online",
+}
+"""Names for tables and pictures; an algorithm that is not here goes by its title."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +77,12 @@ def check_equal_terms(record: dict[str, Any]) -> None:
                 )
 
 
+def name_of(record: dict[str, Any], algorithm: str) -> str:
+    """An algorithm's name in tables, pictures and lists: without a comma."""
+    title: str = record["algorithms"][algorithm]["title"]
+    return SHORT.get(algorithm) or title.replace(",", "")
+
+
 def cells_of(record: dict[str, Any], algorithm: str) -> dict[int, dict[str, Any]]:
     """The cells of an algorithm by seed, rising."""
     found = {cell["seed"]: cell for cell in record["cells"] if cell["algorithm"] == algorithm}
@@ -83,6 +102,11 @@ def rivals_of(record: dict[str, Any], families: Sequence[str] = ("ppo", "dpo")) 
 def objectives_of(record: dict[str, Any]) -> list[str]:
     """The judge's objectives, in its order."""
     return next((list(cell["curve"][0]["judge"]) for cell in record["cells"] if cell["curve"]), [])
+
+
+def measured(record: dict[str, Any], quality: str) -> bool:
+    """Whether any evaluation has this quality."""
+    return any(not math.isnan(reading(point, quality)) for cell in record["cells"] for point in cell["curve"])
 
 
 def equal_cost(record: dict[str, Any], currency: str) -> float:
@@ -161,10 +185,15 @@ def compare_costs(
 def compare_qualities(
     record: dict[str, Any], currency: str, quality: str, second: str, first: str = GRPO
 ) -> Comparison:
-    """By how much the second algorithm's quality at equal cost exceeds the first's, by seed."""
-    cost = equal_cost(record, currency)
+    """By how much the second algorithm's quality at equal cost exceeds the first's, by seed.
+
+    Where a run ended before the budget of this currency was used up (offline DPO has its pairs long before), both are
+    read where it ended.
+    """
+    budget = equal_cost(record, currency)
     pairs = {}
     for seed, a, b in _pairs(record, first, second):
+        cost = min([budget, *(end(cell, currency) for cell in (a, b) if cell["status"] == "finished")])
         x, y = quality_at(a, currency, cost, quality), quality_at(b, currency, cost, quality)
         pairs[seed] = ((x, x), (y, y))
     return compared(quality, first, second, pairs, ratio=False)
@@ -181,7 +210,8 @@ def fronts(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     Name -> {"x", "y": axis labels, "points": [{"algorithm", "x", "y", "front"}]}. Along the runs, at eight equal
     steps to the budget: mean quality against wall time, all FLOPs, and KL from the start. At equal wall time, one
-    point an algorithm: mean quality against peak memory, and the worst objective against over-refusal.
+    point an algorithm: mean quality against peak memory, and the worst objective against over-refusal. What was not
+    measured (over-refusal without a judge) has no points.
     """
     names = algorithms_of(record)
     ends = {money: equal_cost(record, money) for money in ("wall_s", "flops")}
@@ -249,18 +279,22 @@ def warnings(record: dict[str, Any]) -> list[str]:
         found.append(
             "A quick run: small budgets, few seeds; it shows that everything works, not who is cheaper."
         )
+    if any(cell.get("quality") == "reward" for cell in cells):
+        found.append("There was no judge: qualities are scores of the very reward model that was optimised.")
     seeds = sorted({cell["seed"] for cell in cells})
     if len(seeds) < 2:
         found.append("One seed: no interval, and no order is certain.")
     elif len(seeds) < 5:
         found.append(f"{len(seeds)} seeds: the intervals are little more than the span of the seeds.")
-    for name, about in record["algorithms"].items():
+    for name in record["algorithms"]:
         missing = [seed for seed in seeds if seed not in cells_of(record, name)]
         if missing:
             which = f"seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
-            found.append(f"{about['title']}: not measured{'' if missing == seeds else f' with {which}'}.")
+            found.append(
+                f"{name_of(record, name)}: not measured{'' if missing == seeds else f' with {which}'}."
+            )
         found += [
-            f"{about['title']}, seed {seed}: {_ending(cell)}"
+            f"{name_of(record, name)}, seed {seed}: {_ending(cell)}"
             for seed, cell in cells_of(record, name).items()
             if cell["status"] != "finished"
         ]
@@ -272,8 +306,8 @@ def warnings(record: dict[str, Any]) -> list[str]:
             ]
             if short_of:
                 found.append(
-                    f"{about['title']} ended before the budget of {CURRENCIES[money]} was used up "
-                    f"(seeds {', '.join(map(str, short_of))})."
+                    f"{name_of(record, name)} ended before the budget of {CURRENCIES[money]} was used up "
+                    f"(seeds {', '.join(map(str, short_of))}): compared at what it had spent."
                 )
     return found
 

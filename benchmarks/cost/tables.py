@@ -23,6 +23,8 @@ from benchmarks.cost.analysis import (
     compare_qualities,
     equal_cost,
     headline,
+    measured,
+    name_of,
     objectives_of,
     targets,
     warnings,
@@ -34,7 +36,6 @@ from benchmarks.cost.verdicts import (
     difference_text,
     ratio_text,
     reached_by,
-    title_of,
     verdicts,
 )
 
@@ -91,7 +92,7 @@ def cost_table(record: dict[str, Any]) -> Table | None:
             texts = [ratio_text(compare_costs(record, target, money, name)) for money in COSTS]
             texts.append(ratio_text(compare_memory(record, name)))
         reached = f"{reached_by(record, name, target)} of {len(cells)}"
-        rows.append((title_of(record, name), *texts, reached))
+        rows.append((name_of(record, name), *texts, reached))
     head = ("algorithm", *(CURRENCIES[money] for money in COSTS), "peak memory", "seeds that reached it")
     title = f"To reach {target.name} (GRPO's costs; the others' in times GRPO's, 95% interval)"
     return Table(title=title, head=head, rows=tuple(rows))
@@ -101,13 +102,14 @@ def quality_table(record: dict[str, Any]) -> Table | None:
     """Qualities of every algorithm after the wall-time budget."""
     objectives = objectives_of(record)
     columns = ("mean", "worst", *objectives, "over_refusal", "distinct", "kl", "length")
+    columns = [column for column in columns if measured(record, column)]
     cost = equal_cost(record, "wall_s")
     rows = []
     for name in algorithms_of(record):
         cells = cells_of(record, name).values()
         rows.append(
             (
-                title_of(record, name),
+                name_of(record, name),
                 *(
                     _spread([quality_at(cell, "wall_s", cost, column) for cell in cells])
                     for column in columns
@@ -128,7 +130,7 @@ def difference_table(record: dict[str, Any]) -> Table | None:
     columns = [(quality, money) for quality in ("mean", "worst") for money in BUDGETED]
     rows = tuple(
         (
-            title_of(record, name),
+            name_of(record, name),
             *(difference_text(compare_qualities(record, money, quality, name)) for quality, money in columns),
         )
         for name in others
@@ -154,7 +156,7 @@ def target_table(record: dict[str, Any]) -> Table | None:
             texts.append(
                 span if len(got) == len(cells) else f"{span or 'never'} ({len(got)} of {len(cells)})"
             )
-        rows.append((title_of(record, name), *texts))
+        rows.append((name_of(record, name), *texts))
     head = ("algorithm", *(target.name for target in wanted))
     return Table(
         title="Wall time to each target (in brackets: seeds that reached it, where not all did)",
@@ -177,8 +179,8 @@ def phase_table(record: dict[str, Any]) -> Table | None:
             sums = {phase: fmean(cell[field].get(phase, 0) for cell in cells) for phase in PHASES}
             whole = sum(sums.values())
             texts += [f"{sums[phase] / whole:.0%}" if sums[phase] else "–" for phase in PHASES]
-            texts.append(f"{whole:.0f} s" if field == "phase_s" else f"{_number(whole)}")
-        rows.append((title_of(record, name), *texts))
+            texts.append(f"{whole:.0f} s" if field == "phase_s" else f"{number(whole)}")
+        rows.append((name_of(record, name), *texts))
     head = ("algorithm", *(f"{kind}: {part}" for kind in ("time", "FLOPs") for part in (*PHASES, "all")))
     return Table(title="Where a run's time and FLOPs go", head=head, rows=tuple(rows)) if rows else None
 
@@ -192,7 +194,7 @@ def memory_table(record: dict[str, Any]) -> Table | None:
             continue
         parts = [fmean(cell["memory"]["parts"].get(part, 0) for cell in cells) for part in PARTS]
         texts = [_bytes(value) if value else "–" for value in parts]
-        rows.append((title_of(record, name), *texts, _bytes(_mean_peak(record, name))))
+        rows.append((name_of(record, name), *texts, _bytes(_mean_peak(record, name))))
     head = ("algorithm", *(part.replace("_", " ") for part in PARTS), "peak")
     return Table(title="Memory by part", head=head, rows=tuple(rows)) if rows else None
 
@@ -201,12 +203,13 @@ def search_table(record: dict[str, Any]) -> Table | None:
     """The hyper-parameter search: how many settings each algorithm was given, and what was chosen."""
     rows = []
     for name, about in record["algorithms"].items():
+        full = about["title"]
         tries = [row for row in record.get("search") or [] if row["algorithm"] == name]
         bad = sum(row["status"] != "finished" for row in tries)
         chosen = ", ".join(f"{key} {value}" for key, value in about["settings"].items()) or "–"
         if tries:
-            rows.append((title_of(record, name), str(len(tries)), str(bad), chosen))
-    head = ("algorithm", "settings tried", "of these not finished", "chosen")
+            rows.append((name_of(record, name), full, str(len(tries)), str(bad), chosen))
+    head = ("algorithm", "what it is", "settings tried", "of these not finished", "chosen")
     return Table(title="Hyper-parameter search", head=head, rows=tuple(rows)) if rows else None
 
 
@@ -243,7 +246,7 @@ def _typical(record: dict[str, Any], target: Target, money: str) -> str:
     if not all(math.isfinite(cost) for cost in costs):
         return "not by all seeds"
     value = math.exp(fmean(math.log(cost) for cost in costs)) if min(costs) > 0 else fmean(costs)
-    return f"{value:.1f} s" if money.endswith("_s") else _number(value)
+    return f"{value:.1f} s" if money.endswith("_s") else number(value)
 
 
 def _mean_peak(record: dict[str, Any], name: str) -> float:
@@ -259,7 +262,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits and a power of ten in words of the field: k, M, G, T, P."""
     for power, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= power:

@@ -17,6 +17,8 @@ from benchmarks.cost.analysis import (
     equal_cost,
     headline,
     mean_quality,
+    measured,
+    name_of,
     rivals_of,
 )
 from benchmarks.cost.curves import CURRENCIES, LESS_IS_BETTER, Comparison, cost_to_reach
@@ -56,7 +58,11 @@ def comparisons(record: dict[str, Any], rival: str, first: str = GRPO) -> dict[s
     costs = COSTS if target is not None else ()
     found = {money: compare_costs(record, target, money, rival, first) for money in costs if target}
     found["memory"] = compare_memory(record, rival, first)
-    found |= {name: compare_qualities(record, "wall_s", name, rival, first) for name in QUALITIES}
+    found |= {
+        name: compare_qualities(record, "wall_s", name, rival, first)
+        for name in QUALITIES
+        if measured(record, name)
+    }
     return found
 
 
@@ -78,9 +84,10 @@ def choices(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     every seed. An algorithm is told from it where the 95% interval of their comparison excludes equality.
     """
     names, target = algorithms_of(record), headline(record)
-    title = {name: title_of(record, name) for name in names}
+    title = {name: name_of(record, name) for name in names}
     found = []
-    for figure in (*(COSTS if target else ()), "memory", *QUALITIES):
+    qualities = [name for name in QUALITIES if measured(record, name)]
+    for figure in (*(COSTS if target else ()), "memory", *qualities):
         score = {name: _score(record, name, figure, target) for name in names}
         known = {name: value for name, value in score.items() if math.isfinite(value)}
         if not known:
@@ -132,7 +139,7 @@ def difference_text(comparison: Comparison) -> str:
 
 def _on_figure(record: dict[str, Any], figure: str, found: dict[str, Comparison]) -> str:
     """Of all rivals on one figure: whom GRPO beats, to whom it loses, and where the seeds do not tell."""
-    title = {name: title_of(record, name) for name in found}
+    title = {name: name_of(record, name) for name in found}
     parts = []
     for place, text in (
         ("ahead", "GRPO is ahead of"),
@@ -161,7 +168,7 @@ def _on_rival(record: dict[str, Any], rival: str, found: dict[str, Comparison]) 
         if comparison.ratio and comparison.known
     ]
     unknown = [NAMES[name] for name, comparison in found.items() if comparison.ratio and not comparison.known]
-    text = f"{title_of(record, rival)} against GRPO over {seeds} seed{'s' if seeds != 1 else ''}"
+    text = f"{name_of(record, rival)} against GRPO over {seeds} seed{'s' if seeds != 1 else ''}"
     text += " (one seed gives no interval)" if seeds == 1 else ""
     text += f": it needs {_listed(costs)}" if costs else ": no cost compares"
     if unknown:
@@ -175,18 +182,12 @@ def _on_rival(record: dict[str, Any], rival: str, found: dict[str, Comparison]) 
     target = headline(record)
     if target is not None:
         text += "".join(
-            f" {title_of(record, name)} reached the target with {reached} of {len(cells)} seeds."
+            f" {name_of(record, name)} reached the target with {reached} of {len(cells)} seeds."
             for name in (GRPO, rival)
             if (cells := cells_of(record, name))
             and (reached := reached_by(record, name, target)) < len(cells)
         )
     return text
-
-
-def title_of(record: dict[str, Any], algorithm: str) -> str:
-    """An algorithm's title for use in a list: without commas of its own."""
-    head, comma, tail = record["algorithms"][algorithm]["title"].partition(", ")
-    return f"{head} ({tail})" if comma else head
 
 
 def reached_by(record: dict[str, Any], algorithm: str, target: Target) -> int:
