@@ -261,20 +261,25 @@ def fronts(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def warnings(record: dict[str, Any]) -> list[str]:
-    """What a reader must know before the figures: mixed machines or commits, runs that ended badly, few seeds."""
+def mixed(record: dict[str, Any]) -> list[str]:
+    """What stands above every figure: that cells come from different machines or from different or unknown code."""
     found = []
-    cells = record["cells"]
-    devices = sorted({cell["device"] for cell in cells} | {record["device"]})
+    devices = sorted({cell["device"] for cell in record["cells"]} | {record["device"]})
     if len(devices) > 1:
         found.append(f"Cells come from different devices ({', '.join(devices)}): times do not compare.")
-    commits = sorted({cell["commit"] for cell in cells} | {record["commit"]})
+    commits = sorted({cell["commit"] for cell in record["cells"]} | {record["commit"]})
     if len(commits) > 1:
         found.append(
             f"Cells come from different commits ({', '.join(map(short, commits))}): the code differs."
         )
     if any(commit.endswith("+") for commit in commits):
         found.append("The code had changes that are in no commit (marked +).")
+    return found
+
+
+def warnings(record: dict[str, Any]) -> list[str]:
+    """What a reader must know before the figures: what is mixed, ended badly or early, or is missing; few seeds."""
+    found, cells = mixed(record), record["cells"]
     if record["quick"]:
         found.append(
             "A quick run: small budgets, few seeds; it shows that everything works, not who is cheaper."

@@ -30,9 +30,9 @@ from benchmarks.cost.analysis import (
     fronts,
     headline,
     measured,
+    mixed,
     name_of,
     objectives_of,
-    warnings,
 )
 from benchmarks.cost.curves import CURRENCIES, Comparison, end, quality_at
 from benchmarks.cost.tables import PARTS, PHASES, number
@@ -59,8 +59,8 @@ def draw(record: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             figure = make(record)
             if figure is None:
                 continue
-            if mixed := [line for line in warnings(record) if "different" in line]:
-                figure.text(0.5, 1.0, " ".join(mixed), ha="center", va="bottom", color="#b8330e")
+            if said := mixed(record):
+                figure.text(0.5, 1.01, "\n".join(said), ha="center", va="bottom", color="#b8330e")
             path = folder / f"{stem}-{name}.png"
             figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
             plt.close(figure)

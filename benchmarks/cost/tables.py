@@ -1,16 +1,11 @@
-"""A record as tables: plain (title, head, rows of text), for the terminal, for Markdown and for report.html."""
+"""A record as tables, for the terminal, for Markdown and for report.html."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
-
-from rich.console import Group
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from benchmarks.cost.analysis import (
     BUDGETED,
@@ -38,21 +33,10 @@ from benchmarks.cost.verdicts import (
     reached_by,
     verdicts,
 )
+from benchmarks.page import Table, cell
 
 PHASES = ("generate", "reward", "reference", "values", "update")
 PARTS = ("policy", "reference", "value_model", "reward_model", "optimizer", "gradients", "working")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table of text."""
-
-    title: str
-    """One line above it."""
-    head: tuple[str, ...]
-    """Names of the columns; the first column names the rows."""
-    rows: tuple[tuple[str, ...], ...]
-    """One entry a column."""
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
@@ -74,7 +58,7 @@ def choice_table(record: dict[str, Any]) -> Table | None:
     """What to take, by what counts."""
     rows = choices(record)
     head = ("what counts", "least cost or best", "not told from it by these seeds")
-    return Table(title="Which algorithm", head=head, rows=tuple(rows)) if rows else None
+    return Table(title="By what counts", head=head, rows=tuple(rows)) if rows else None
 
 
 def cost_table(record: dict[str, Any]) -> Table | None:
@@ -123,11 +107,12 @@ def quality_table(record: dict[str, Any]) -> Table | None:
 
 
 def difference_table(record: dict[str, Any]) -> Table | None:
-    """Mean and worst objective against GRPO's at equal cost in each budgeted currency."""
+    """Mean and worst objective (and over-refusal) against GRPO's at equal cost in each budgeted currency."""
     others = [name for name in algorithms_of(record) if name != GRPO]
     if GRPO not in algorithms_of(record) or not others:
         return None
     columns = [(quality, money) for quality in ("mean", "worst") for money in BUDGETED]
+    columns += [("over_refusal", "wall_s")] if measured(record, "over_refusal") else []
     rows = tuple(
         (
             name_of(record, name),
@@ -135,7 +120,10 @@ def difference_table(record: dict[str, Any]) -> Table | None:
         )
         for name in others
     )
-    head = ("algorithm", *(f"{quality}, equal {CURRENCIES[money]}" for quality, money in columns))
+    head = (
+        "algorithm",
+        *(f"{quality.replace('_', '-')}, equal {CURRENCIES[money]}" for quality, money in columns),
+    )
     title = "Quality at equal cost, less GRPO's (95% interval)"
     return Table(title=title, head=head, rows=rows)
 
@@ -215,13 +203,18 @@ def search_table(record: dict[str, Any]) -> Table | None:
 
 def markdown(table: Table) -> str:
     """A table in Markdown, its title in a line of its own above it."""
-    lines = [f"**{table.title}**", "", _row(table.head), _row(["---"] * len(table.head))]
+    lines = [f"**{table.title}**", "", *([table.note, ""] if table.note else [])]
+    lines += [_row(table.head), _row(["---"] * len(table.head))]
     return "\n".join([*lines, *(_row(row) for row in table.rows)])
 
 
-def terminal(record: dict[str, Any], *, wide: bool = False) -> Group:
+def terminal(record: dict[str, Any], *, wide: bool = False) -> Any:
     """Warnings, the tables for the terminal (all of them with `wide`) and the sentences, to be printed by rich."""
     shown = tables(record) if wide else [choice_table(record), cost_table(record), quality_table(record)]
+    from rich.console import Group  # here and not above: the page and report.html do without
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
     parts: list[Any] = [Text(f"! {line}", style="yellow") for line in warnings(record)]
     for table in shown:
         if table is None:
@@ -230,13 +223,13 @@ def terminal(record: dict[str, Any], *, wide: bool = False) -> Group:
         for i, name in enumerate(table.head):
             drawn.add_column(name, justify="left" if i == 0 else "right")
         for row in table.rows:
-            drawn.add_row(*map(Text, row))
+            drawn.add_row(*(Text(cell(value)) for value in row))
         parts += [Text(), drawn]
     return Group(*parts, Text(), *(Text(f"- {line}") for line in verdicts(record)))
 
 
-def _row(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(text.replace('|', '/') for text in texts)} |"
+def _row(values: Sequence[Any]) -> str:
+    return f"| {' | '.join(cell(value).replace('|', '/') for value in values)} |"
 
 
 def _typical(record: dict[str, Any], target: Target, money: str) -> str:

@@ -29,10 +29,15 @@ NAMES = {**CURRENCIES, "memory": "peak memory", **QUALITIES}
 
 
 def verdicts(record: dict[str, Any]) -> list[str]:
-    """What the record says on GRPO against PPO and DPO: one sentence on each figure first, then one entry a rival.
+    """What the record says on GRPO against PPO and DPO: a sentence on each figure, then one on each rival.
 
-    `ahead` and `behind` are said only where the 95% interval over seeds excludes equality; all else is uncertain.
+    `ahead` and `loses` are said only where the 95% interval over seeds excludes equality; all else is uncertain.
     """
+    return on_figures(record) + on_rivals(record)
+
+
+def on_figures(record: dict[str, Any]) -> list[str]:
+    """One sentence a figure, on all rivals; or why there is nothing to say."""
     if GRPO not in algorithms_of(record):
         return ["GRPO was not measured, so there is nothing to compare with."]
     rivals = rivals_of(record)
@@ -44,11 +49,17 @@ def verdicts(record: dict[str, Any]) -> list[str]:
             "No algorithm was better at the end of its budget than at the start: no cost to compare."
         )
     outcomes = {rival: comparisons(record, rival) for rival in rivals}
-    found += [
+    return found + [
         _on_figure(record, figure, {rival: outcomes[rival][figure] for rival in rivals})
-        for figure in next(iter(outcomes.values()))
+        for figure in outcomes[rivals[0]]
     ]
-    return found + [_on_rival(record, rival, outcomes[rival]) for rival in rivals]
+
+
+def on_rivals(record: dict[str, Any]) -> list[str]:
+    """One entry a rival, with all figures and their intervals."""
+    if GRPO not in algorithms_of(record):
+        return []
+    return [_on_rival(record, rival, comparisons(record, rival)) for rival in rivals_of(record)]
 
 
 def comparisons(record: dict[str, Any], rival: str, first: str = GRPO) -> dict[str, Comparison]:
@@ -104,6 +115,11 @@ def choices(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
+def figure_text(comparison: Comparison) -> str:
+    """`ratio_text` or `difference_text`, whichever it is."""
+    return ratio_text(comparison) if comparison.ratio else difference_text(comparison)
+
+
 def ratio_text(comparison: Comparison) -> str:
     """`2.31 [1.92, 2.80]`; `≥` and `≤` where a run never reached the target; `?` where the order is uncertain."""
     low, high = comparison.estimate
@@ -138,7 +154,10 @@ def difference_text(comparison: Comparison) -> str:
 
 
 def _on_figure(record: dict[str, Any], figure: str, found: dict[str, Comparison]) -> str:
-    """Of all rivals on one figure: whom GRPO beats, to whom it loses, and where the seeds do not tell."""
+    """Of all rivals on one figure: whom GRPO beats, to whom it loses, and where the seeds do not tell.
+
+    In brackets theirs: in times GRPO's, or less GRPO's.
+    """
     title = {name: name_of(record, name) for name in found}
     parts = []
     for place, text in (
@@ -147,7 +166,11 @@ def _on_figure(record: dict[str, Any], figure: str, found: dict[str, Comparison]
         ("level", "GRPO is level with"),
         ("uncertain", "the order is uncertain against"),
     ):
-        names = [title[name] for name, comparison in found.items() if standing(comparison) == place]
+        names = [
+            title[name] + (f" ({figure_text(comparison)})" if place != "level" else "")
+            for name, comparison in found.items()
+            if standing(comparison) == place
+        ]
         if names:
             parts.append(f"{text} {_listed(names)}")
     head = NAMES[figure][:1].upper() + NAMES[figure][1:]
@@ -163,22 +186,18 @@ def _on_rival(record: dict[str, Any], rival: str, found: dict[str, Comparison]) 
     """All figures of one rival, with intervals."""
     seeds = len(found["memory"].seeds)
     costs = [
-        f"{ratio_text(comparison)} times the {NAMES[name]}"
-        for name, comparison in found.items()
-        if comparison.ratio and comparison.known
+        f"{NAMES[name]} {ratio_text(comparison)}" for name, comparison in found.items() if comparison.ratio
     ]
-    unknown = [NAMES[name] for name, comparison in found.items() if comparison.ratio and not comparison.known]
-    text = f"{name_of(record, rival)} against GRPO over {seeds} seed{'s' if seeds != 1 else ''}"
-    text += " (one seed gives no interval)" if seeds == 1 else ""
-    text += f": it needs {_listed(costs)}" if costs else ": no cost compares"
-    if unknown:
-        text += f"; nothing can be said on {_listed(unknown)}"
     differences = [
-        f"{difference_text(comparison)} in {NAMES[name]}"
+        f"{NAMES[name]} {difference_text(comparison)}"
         for name, comparison in found.items()
         if not comparison.ratio
     ]
-    text += f"; at equal wall time it differs by {_listed(differences)}."
+    text = f"{name_of(record, rival)} over {seeds} seed{'s' if seeds != 1 else ''}"
+    text += " (one seed gives no interval)" if seeds == 1 else ""
+    text += f", in times GRPO's: {_listed(costs)}."
+    if differences:
+        text += f" At equal wall time, less GRPO's: {_listed(differences)}."
     target = headline(record)
     if target is not None:
         text += "".join(
