@@ -75,8 +75,15 @@ def record_of(cells: list[dict[str, Any]], budget: float = 100.0) -> dict[str, A
         "work": {"prompts": 256, "batch": 64, "hidden": 128, "parameters": 1_800_000},
         "algorithms": about,
         "search": [
-            {"algorithm": name, "settings": {"lr": 0.001}, "seed": 7, "status": "finished", "quality": 0.6}
+            {
+                "algorithm": name,
+                "settings": {"lr": lr, "epochs": 1},
+                "seed": 7,
+                "status": status,
+                "quality": quality,
+            }
             for name in names
+            for lr, status, quality in ((0.001, "finished", 0.6), (0.1, "diverged", None))
         ],
         "cells": cells,
     }

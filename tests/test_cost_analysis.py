@@ -263,6 +263,13 @@ def test_without_grpo_or_rivals_there_is_no_comparison():
     assert "Neither PPO nor DPO" in verdicts(record_of([paced("grpo", 0, 1)]))[0]
 
 
+def test_the_search_shows_what_was_varied_and_what_came_of_it():
+    [row] = (
+        tables.search_table(record_of([paced("grpo", 0, 1)])) or tables.Table(title="", head=(), rows=())
+    ).rows
+    assert row == ("GRPO", "GRPO", "lr 0.001: 0.600; lr 0.1: diverged", "lr 0.001")
+
+
 def test_the_terminal_shows_warnings_tables_and_sentences(capsys):
     record = json.loads(json.dumps(lively_record(seeds=2)))
     Console(width=160).print(tables.terminal(record, wide=True))

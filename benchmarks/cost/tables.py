@@ -188,17 +188,30 @@ def memory_table(record: dict[str, Any]) -> Table | None:
 
 
 def search_table(record: dict[str, Any]) -> Table | None:
-    """The hyper-parameter search: how many settings each algorithm was given, and what was chosen."""
+    """The hyper-parameter search: every setting an algorithm was tried with and its quality, and what was chosen."""
     rows = []
     for name, about in record["algorithms"].items():
-        full = about["title"]
         tries = [row for row in record.get("search") or [] if row["algorithm"] == name]
-        bad = sum(row["status"] != "finished" for row in tries)
-        chosen = ", ".join(f"{key} {value}" for key, value in about["settings"].items()) or "–"
-        if tries:
-            rows.append((name_of(record, name), full, str(len(tries)), str(bad), chosen))
-    head = ("algorithm", "what it is", "settings tried", "of these not finished", "chosen")
+        if not tries:
+            continue
+        varied = [
+            key for key in tries[0]["settings"] if len({str(row["settings"].get(key)) for row in tries}) > 1
+        ]
+        tried = "; ".join(f"{_settings(row['settings'], varied)}: {_reached(row)}" for row in tries)
+        rows.append((name_of(record, name), about["title"], tried, _settings(about["settings"], varied)))
+    head = ("algorithm", "what it is", "tried: quality", "chosen")
     return Table(title="Hyper-parameter search", head=head, rows=tuple(rows)) if rows else None
+
+
+def _settings(settings: dict[str, Any], varied: Sequence[str]) -> str:
+    """The settings that were varied; all of them where none was."""
+    return ", ".join(f"{key} {settings.get(key)}" for key in (varied or settings)) or "–"
+
+
+def _reached(row: dict[str, Any]) -> str:
+    if row["status"] != "finished" or row["quality"] is None:
+        return row["status"]
+    return f"{row['quality']:.3f}"
 
 
 def markdown(table: Table) -> str:
