@@ -131,7 +131,7 @@ def cost(record: dict[str, Any]) -> Figure | None:
         _few_log_ticks(axis, low, high)
         axis.set_yticks(range(len(names)), [name_of(record, name) for name in names])
         axis.tick_params(axis="y", length=0)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(
         f"times GRPO's (line: GRPO), to reach {target.name}; →: at least, some seeds never reached it",
         fontsize=9,
@@ -231,7 +231,7 @@ def objectives(record: dict[str, Any]) -> Figure | None:
         axis.grid(alpha=0.2)
     for axis in list(axes.flat)[len(columns) :]:
         axis.axis("off")
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(f"after {budget:.0f} s of wall time: average over seeds, and their span", fontsize=9)
     return figure
 
@@ -262,6 +262,8 @@ def _bar(axis: Axes, row: int, comparison: Comparison, colour: str, edge: float)
         axis.text(1.05, row, "?", va="center", color=colour)
         return
     value = low if low > 0 else high
+    if abs(value - 1.0) < 0.02:  # a bar too short to be seen
+        axis.plot(value, row, "D", color=colour, ms=5, zorder=3)
     axis.barh(row, value - 1.0, left=1.0, height=0.62, color=colour, alpha=0.85)
     ends = [end for end in comparison.interval or () if 0 < end < math.inf]
     if len(ends) == 2:
