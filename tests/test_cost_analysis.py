@@ -203,6 +203,7 @@ def test_mixed_devices_and_commits_are_flagged():
         "different devices (AMD EPYC, Xeon)" in text and "different commits (aaaaaaaaaa, bbbbbbbbbb+)" in text
     )
     assert "in no commit" in text
+    assert "1 or 2 threads" in analysis.mixed(record_of([*clean[:-1], clean[-1] | {"threads": 2}]))[0]
     other = record_of(clean) | {"device": "Xeon"}
     assert "different devices" in analysis.mixture([record_of(clean), other])[0]
     assert analysis.mixture([record_of(clean)] * 2) == []

@@ -267,6 +267,9 @@ def mixed(record: dict[str, Any]) -> list[str]:
     devices = sorted({cell["device"] for cell in record["cells"]} | {record["device"]})
     if len(devices) > 1:
         found.append(f"Cells come from different devices ({', '.join(devices)}): times do not compare.")
+    threads = sorted({cell.get("threads", record["threads"]) for cell in record["cells"]})
+    if len(threads) > 1:
+        found.append(f"Cells ran on {' or '.join(map(str, threads))} threads: times do not compare.")
     commits = sorted({cell["commit"] for cell in record["cells"]} | {record["commit"]})
     if len(commits) > 1:
         found.append(

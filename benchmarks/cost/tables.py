@@ -277,4 +277,6 @@ def number(value: float) -> str:
 
 
 def _bytes(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value / 2**20:,.1f} MiB"
+    if math.isnan(value):
+        return "–"
+    return f"{value / 2**20:,.1f} MiB" if value >= 2**20 / 10 else f"{value / 2**10:.1f} KiB"
