@@ -83,7 +83,8 @@ def quality(record: dict[str, Any]) -> Figure | None:
             last = max(end(cell, money) for cell in cells)
             if last <= 0:
                 continue
-            costs = np.linspace(0, last, GRID)
+            own = [point[money] for cell in cells for point in cell["curve"]]
+            costs = np.unique([*np.linspace(0, last, GRID), *own])
             values = np.array([[quality_at(cell, money, cost) for cost in costs] for cell in cells])
             colour, style = look(record, name)
             axis.plot(costs, values.mean(0), style, color=colour, lw=1.8)
