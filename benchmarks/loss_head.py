@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import CONTENDERS, Problem, Run, truth
+from benchmarks.page import command_line, page_of
 from grpo_fast.run.allocator import keep_freed_memory
 
 PRODUCTS = {"trained": 3, "frozen": 2, "forward": 1}
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+        page_of(Path(args.output), command=command_line())
     print(
         json.dumps(
             {key: record[key] for key in ("device", "shape", "mode", "median_s", "extra_mib", "ratios")}
