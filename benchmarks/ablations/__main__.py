@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record |= measure(
         QUICK if args.quick else FULL,
         repeats=args.repeats or (3 if args.quick else 9),
-        processes=1 if args.quick else 3,
+        processes=1 if args.quick else 2,
     )
     record["quality"] = quality(RESULTS)
     show(record)

@@ -52,7 +52,7 @@ class Scale:
 
 
 FULL = Scale(
-    shape=SMALL, prompts=8, group=8, prompt_tokens=(48, 160), median=64, longest=256, flat=0.25, new_tokens=64
+    shape=SMALL, prompts=4, group=8, prompt_tokens=(48, 160), median=48, longest=160, flat=0.25, new_tokens=48
 )
 QUICK = replace(
     FULL,
