@@ -82,7 +82,7 @@ def ppo_case(place, settings) -> tuple[Sequences, Any, dict[str, Any]]:
     """Sequences, a value model with something to say, and what an update of them needs to know."""
     sequences = place.sample(place.task.prompts[:6], 1, 0)
     torch.manual_seed(1)
-    value = ppo.ValueHead(place) if settings.shared else ppo.ValueNetwork(place, settings)
+    value = ppo.ValueHead(place) if settings.shared else ppo.ValueNetwork.of(place, settings)
     for parameter in value.parameters():
         if parameter.shape[0] == 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -248,7 +248,7 @@ def test_all_algorithms_have_as_many_settings_to_choose_from():
 
 def test_the_value_network_can_begin_as_the_reward_model(world):
     place = lab(world)
-    value = ppo.ValueNetwork(place, PPO(value_from="reward_model"))
+    value = ppo.ValueNetwork.of(place, PPO(value_from="reward_model"))
     own, theirs = value.model.model.base_model, place.reward_models[0].model.base_model
     for name, weight in theirs.state_dict().items():
         torch.testing.assert_close(own.state_dict()[name], weight)
