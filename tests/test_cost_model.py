@@ -54,7 +54,7 @@ def test_the_flops_of_a_real_step():
         group=3, prompt=16, new=9,
     )  # fmt: skip
     assert total("grpo", replace(job_of(case), causal=False)) == pytest.approx(
-        measure(case)["flops"], rel=0.01
+        measure(case)["flops"], rel=0.05
     )
 
 

@@ -1,1 +1,1 @@
-"""What alignment costs: the work of GRPO, PPO and DPO counted, measured and foreseen."""
+"""What alignment costs: GRPO, PPO and DPO on equal terms (`python -m benchmarks.cost`)."""
