@@ -13,7 +13,7 @@ from tiny_models import config_of
 
 from benchmarks.cost import flops, model
 from benchmarks.cost.architecture import Architecture
-from benchmarks.cost.check import job_of, measure
+from benchmarks.cost.check import CHECKED, job_of, measure
 from benchmarks.cost.job import ALGORITHMS, Job, Load, packed
 from benchmarks.cost.memory import memory
 from benchmarks.cost.model import cost, load_seconds
@@ -48,14 +48,15 @@ def test_rows_are_laid_out_as_pack_does(budget: int, group: int):
     assert flops.body_forward(size, plan) == sum(flops.body_forward(size, batch) for batch in batches)
 
 
-def test_the_flops_of_a_real_step():
+@pytest.mark.parametrize("algorithm", CHECKED)
+def test_the_flops_of_a_real_step(algorithm: str):
     case = Case(
         hidden=64, inner=160, layers=2, heads=2, key_heads=1, vocabulary=600, kl=True, budget=256, prompts=2,
         group=3, prompt=16, new=9,
     )  # fmt: skip
-    assert total("grpo", replace(job_of(case), causal=False)) == pytest.approx(
-        measure(case)["flops"], rel=0.05
-    )
+    measured = measure(algorithm, case)
+    assert total(algorithm, replace(job_of(case), causal=False)) == pytest.approx(measured["flops"], rel=0.05)
+    assert measured["memory"] > 0 and measured["seconds"] > 0
 
 
 def test_what_one_algorithm_does_more_than_another():

@@ -1,34 +1,44 @@
-"""The cost model against real steps on this CPU: FLOPs, peak memory and seconds of GRPO at three sizes.
+"""The cost model against real steps on this CPU: FLOPs, peak memory and seconds of GRPO, PPO and DPO at three sizes.
 
-Rates are measured first, at other hidden sizes; then each size runs in a process of its own, whose peak is its own.
+Rates are measured first, at other hidden sizes; then each algorithm and size runs in a process of its own, whose peak
+is its own.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cost.counted import counted
+from benchmarks.baselines.dpo import DPO
+from benchmarks.baselines.policy_gradient import PolicyGradient
+from benchmarks.baselines.ppo import PPO
+from benchmarks.cost.algorithms import ALGORITHMS as BASELINES
+from benchmarks.cost.counted import counting
 from benchmarks.cost.job import ALGORITHMS, Job, Sizes
+from benchmarks.cost.lab import Lab
+from benchmarks.cost.ledger import Budget, Ledger
 from benchmarks.cost.model import cost
 from benchmarks.cost.rates import Rates, measure_rates
 from benchmarks.loss_head import commit, device_name
 from benchmarks.memory import peak_bytes, versions
 from benchmarks.memory_cases import Case, built
+from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.engines.base import Sampling
-from grpo_fast.grpo import update
-from grpo_fast.rollout import Rollout
-from grpo_fast.scoring import Scored
+from grpo_fast.models.reward_set import RewardSet
+from grpo_fast.scoring import Scorer
+from grpo_fast.task import Task
 
 BARS = {"flops": 0.05, "memory": 0.15, "seconds": 0.25}
 _WORK = {"vocabulary": 4096, "kl": True, "budget": 1024, "prompts": 8, "group": 8, "prompt": 48, "new": 33}
@@ -38,6 +48,8 @@ CASES = {
     "hidden 448": Case(hidden=448, inner=1408, layers=4, heads=7, key_heads=1, **_WORK),
 }
 """Between the sizes that rates are measured at, and of other proportions"""
+CHECKED = ("grpo", "ppo", "ppo_shared", "dpo_online")
+"""DPO offline has the steps of DPO online without its rollouts"""
 REPEATS = 2
 
 
@@ -47,10 +59,9 @@ def check(output: Path | None, rates: Rates | None = None) -> int:
     torch.set_num_threads(1)
     rates = rates or measure_rates()
     rows = []
-    for name, case in CASES.items():
-        measured = _alone(case)
-        rows.append(_row(name, case, rates, measured))
-        print(f"{name}: measured", flush=True)
+    for algorithm, (name, case) in itertools.product(CHECKED, CASES.items()):
+        rows.append(_row(algorithm, name, case, rates, _alone(algorithm, case)))
+        print(f"{algorithm}, {name}: measured", flush=True)
     record = {
         "benchmark": "cost-model",
         "device": device_name("cpu"),
@@ -86,12 +97,13 @@ def job_of(case: Case) -> Job:
     )
 
 
-def _row(name: str, case: Case, rates: Rates, measured: dict[str, Any]) -> dict[str, Any]:
+def _row(algorithm: str, name: str, case: Case, rates: Rates, measured: dict[str, Any]) -> dict[str, Any]:
     """Predicted beside measured, and their ratios."""
     job = job_of(case)
-    found = cost("grpo", job, rates, device="cpu", dtype=torch.float32)
+    found = cost(algorithm, job, rates, device="cpu", dtype=torch.float32)
     # torch's counter has whole rectangles where the model counts the pairs that see each other
-    step = ALGORITHMS["grpo"](replace(job, causal=False), found.memory.counts.trained, 0)
+    counts = found.memory.counts.trained, found.memory.value_parameters
+    step = ALGORITHMS[algorithm](replace(job, causal=False), *counts)
     rectangles = {phase: load.total for phase, load in step.items()}
     predicted = {
         "flops": sum(rectangles.values()),
@@ -104,7 +116,7 @@ def _row(name: str, case: Case, rates: Rates, measured: dict[str, Any]) -> dict[
     ratio = {key: predicted[key] / measured[key] for key in BARS}
     return {
         "name": name,
-        "algorithm": "grpo",
+        "algorithm": algorithm,
         "settings": case.described(),
         "hidden": Sizes.of(job).policy.hidden,
         "predicted": predicted,
@@ -113,11 +125,11 @@ def _row(name: str, case: Case, rates: Rates, measured: dict[str, Any]) -> dict[
     }
 
 
-def _alone(case: Case) -> dict[str, Any]:
+def _alone(algorithm: str, case: Case) -> dict[str, Any]:
     """`measure` in a process started anew."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(case, there))
+    process = context.Process(target=_send, args=(algorithm, case, there))
     process.start()
     there.close()
     found = here.recv()
@@ -125,60 +137,87 @@ def _alone(case: Case) -> dict[str, Any]:
     return found
 
 
-def _send(case: Case, link: Connection) -> None:
+def _send(algorithm: str, case: Case, link: Connection) -> None:
     torch.set_num_threads(1)
-    link.send(measure(case))
+    link.send(measure(algorithm, case))
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """A short step, then whole ones: seconds by phase, the process's peak, and last the FLOPs of one more."""
-    run = built(case)
-    generator = torch.Generator().manual_seed(0)
+class _Watched(Ledger):
+    """Notes what each step takes, and counts the last one's FLOPs with torch's counter."""
 
-    def step(count: int, new: int, clock: Callable[[str], None]) -> None:
-        sequences = count * case.group
-        prompts = [torch.randint(256, (case.prompt,), generator=generator).tolist() for _ in range(count)]
-        clock("other")
-        completions = run.engine.generate(prompts, case.group, Sampling(max_new_tokens=new), count)
-        clock("generate")
-        if run.reward is not None:
-            asked = [f"{i // case.group:03d}" + "x" * (case.prompt - 3) for i in range(sequences)]
-            run.reward.predict(run.reward.encode(asked, ["y" * (new - 1)] * sequences), case.reward_tokens)
-        clock("reward")
-        nothing = torch.zeros(sequences, 1)
-        rollout = Rollout(
-            prompts=[replace(run.prompt, token_ids=ids) for ids in prompts],
-            prompt_of=[i // case.group for i in range(sequences)],
-            completions=completions,
-            texts=[""] * sequences,
-            scored=Scored(rewards=nothing, spread=nothing),
-            advantages=torch.randn(sequences, generator=generator),
-        )
-        update(run.policy, run.optimizer, rollout, run.config, lr=1e-5, reference=run.reference)
-        clock("update")
+    def __init__(self, steps: int, case: Case) -> None:
+        super().__init__(Budget(steps=steps), torch.device("cpu"))
+        self._last, self._case = steps - 1, case
+        self.seconds: list[dict[str, float]] = []
+        self.peak = self.measured_flops = 0
+        self._clock = 0.0
 
-    step(1, 2, lambda _: None)
-    samples: list[dict[str, float]] = []
-    for _ in range(REPEATS):
-        phases: dict[str, float] = {}
-        marks = [time.process_time()]
+    def _take_time(self) -> None:
+        now = time.process_time()
+        if self._running:
+            self.phase_s[self._running[-1]] += now - self._clock
+        self._clock = now
 
-        def clock(phase: str, marks: list[float] = marks, phases: dict[str, float] = phases) -> None:
-            now = time.process_time()
-            phases[phase] = now - marks[-1]
-            marks.append(now)
+    def steps(self) -> Iterator[int]:
+        for step in super().steps():
+            before = dict(self.phase_s)
+            if step < self._last:
+                yield step
+                self.seconds.append({k: v - before.get(k, 0.0) for k, v in self.phase_s.items()})
+                continue
+            self.peak = peak_bytes(self._case)
+            with counting() as counter:
+                yield step
+            self.measured_flops = counter.get_total_flops()
 
-        step(case.prompts, case.new, clock)
-        samples.append(phases)
-    peak = peak_bytes(case)
-    best = min(samples, key=lambda phases: sum(phases.values()))
-    flops = counted(lambda: step(case.prompts, case.new, lambda _: None))
+
+class _Readable(Task):
+    """Completions read as one letter a token, so that the reward model is given as many tokens as were drawn."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(97 + token % 26) for token in token_ids[:-1])
+
+
+def measure(algorithm: str, case: Case) -> dict[str, Any]:
+    """Whole steps of the baseline: seconds by phase, the process's peak, and the FLOPs of the last one.
+
+    The first step gives the optimizer its state and is not timed; the seconds are the least of the others'.
+    """
+    settings = {
+        "grpo": PolicyGradient(mode="scalarized"),
+        "ppo": PPO(epochs=2, minibatches=2),
+        "ppo_shared": PPO(epochs=2, minibatches=2, shared=True),
+        "dpo_online": DPO(online=True, prompts=case.prompts, samples=case.group, pairs=case.prompts),
+    }[algorithm]
+    run = built(replace(case, kl=False))  # the baselines make their own reference
+    assert run.reward is not None
+    config = replace(run.config, engine=EngineSettings(max_mismatch=0.0))
+    text = "x" * case.prompt
+    prompt = replace(run.prompt, text=text, token_ids=run.policy.tokenizer.encode(text))
+    task = _Readable(
+        policy=run.policy,
+        scorer=Scorer.create(
+            replace(config.reward, model=(), functions=()),
+            RewardSet.of([run.reward]),
+            None,
+            token_budget=case.reward_tokens,
+        ),
+        sampling=Sampling(max_new_tokens=case.new),
+        prompts=[prompt] * (case.prompts * case.group),
+        heldout=[],
+    )
+    ledger = _Watched(REPEATS + 2, case)
+    with TemporaryDirectory() as folder:
+        run.policy.save(Path(folder) / "start")
+        lab = Lab.of(config, task, run.engine, ledger, start=Path(folder) / "start")
+        BASELINES[algorithm].train(lab, settings)
+    best = min(ledger.seconds[1:], key=lambda phases: sum(phases.values()))
     return {
-        "flops": flops,
-        "memory": peak,
+        "flops": ledger.measured_flops,
+        "memory": ledger.peak,
         "seconds": sum(best.values()),
         "phases": best,
-        "samples": samples,
+        "samples": ledger.seconds,
     }
 
 
@@ -191,5 +230,5 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         cells = []
         for key, unit in (("flops", 1e9), ("memory", 2**20), ("seconds", 1)):
             cells += [f"{p[key] / unit:.4g} / {m[key] / unit:.4g}", f"{row['ratio'][key]:.3f}"]
-        found.add_row(row["name"], *cells)
+        found.add_row(f"{row['algorithm']}, {row['name']}", *cells)
     return found

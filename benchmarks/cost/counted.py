@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,13 +31,20 @@ class _Opened(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(run: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products that `run` computes, backward passes and our own operators' among them.
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Counts the matrix products of everything inside, backward passes and our own operators' among them.
 
-    Call it once before: the first use of an attention back end tries it out.
+    Let the work run once before: the first use of an attention back end tries it out.
     """
     counter = FlopCounterMode(display=False)
     counter.flop_registry |= {name: counter.flop_registry[known] for name, known in _COUNTED_AS.items()}
     with counter, _Opened():
+        yield counter
+
+
+def counted(run: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products that `run` computes, as `counting` has them."""
+    with counting() as counter:
         run()
     return counter.get_total_flops()

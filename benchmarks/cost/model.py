@@ -2,8 +2,9 @@
 
     python -m benchmarks.cost.model                                    # Qwen2.5 0.5B, 7B, 14B on 8 x H200
     python -m benchmarks.cost.model --model path/to/folder --gpus 4 --lora-rank 16
-    python -m benchmarks.cost.model --measure rates.json               # this machine's rates, in a minute
-    python -m benchmarks.cost.model --check --output benchmarks/results/cost-model-cpu.json
+    OMP_NUM_THREADS=1 python -m benchmarks.cost.model --measure benchmarks/results/rates-cpu.json
+    OMP_NUM_THREADS=1 python -m benchmarks.cost.model --check --rates benchmarks/results/rates-cpu.json \\
+        --output benchmarks/results/cost-model-cpu.json
 
 The rates of an H200 are published peaks times assumed shares, not measurements. Several GPUs each take a share of the
 prompts; gradients are summed over the links after every optimizer step, and nothing of that overlaps with the rest.
@@ -139,7 +140,9 @@ def _command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--lora-rank", type=int, default=0, help="0: all parameters are trained")
     parser.add_argument("--token-budget", type=int, default=16384, help="positions of a micro-batch")
     parser.add_argument("--steps", type=int, default=500, help="steps of the run")
-    parser.add_argument("--rates", help="JSON of --measure; default: an H200, assumed")
+    parser.add_argument(
+        "--rates", help="JSON of --measure; default: an H200, assumed (--check: measured anew)"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of --measure")
     parser.add_argument("--measure", metavar="FILE", help="measure this machine's rates and write them")
     parser.add_argument("--check", action="store_true", help="hold the model against real steps on this CPU")
@@ -152,19 +155,19 @@ def _command(argv: Sequence[str] | None) -> int:
         raise UserError(f"--new-tokens must be at least 2, got {args.new_tokens}")
     if args.lora_rank < 0:
         raise UserError(f"--lora-rank must be 0 or more, got {args.lora_rank}")
-    if args.measure or (args.check and args.device == "cuda"):
+    if args.measure:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: no CUDA device found")
         widths = (128, 256, 512) if args.device == "cpu" else (896, 2048, 3584, 5120)
         found = measure_rates(args.device, widths=widths)
-        found.save(Path(args.measure or "rates.json"))
+        found.save(Path(args.measure))
         print(f"{found.device}: {found.about}")
         return 0
     rates = Rates.load(Path(args.rates)) if args.rates else H200
     if args.check:
         from benchmarks.cost.check import check
 
-        return check(Path(args.output) if args.output else None)
+        return check(Path(args.output) if args.output else None, rates if args.rates else None)
     console = Console(soft_wrap=True)
     lora = LoraSettings(rank=args.lora_rank) if args.lora_rank else None
     for name, config in _configs(args.size, args.model):
