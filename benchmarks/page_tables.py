@@ -170,6 +170,12 @@ def _variants(record: Record) -> list[Table]:
     return [Table(title="Gains", head=head, rows=rows, note=note)]
 
 
+def _ablations(record: Record) -> list[Table]:
+    from benchmarks.ablations.record import tables
+
+    return tables(record)
+
+
 Shown = tuple[str, str, Callable[[Record], list[Table]], tuple[str, ...]]
 SHOWN: dict[str, Shown] = {
     "step": (
@@ -217,6 +223,24 @@ SHOWN: dict[str, Shown] = {
         "the rule judge, which neither sees, says what the replies are worth.",
         _overoptimisation,
         ("The miniature's small policy and reward models; a larger one may be gamed in other ways.",),
+    ),
+    "ablations": (
+        "Which idea pays",
+        "One step, and the same step with one idea removed at a time: the same weights, the same rollout, the same "
+        "loss. Gradients, scores and log-probs were compared first, contenders took turns, and each one's memory was "
+        "measured in a process of its own.",
+        _ablations,
+        (
+            "The whole step is the sum of its parts (generation, scoring, advantages, update, optimizer); without an "
+            "idea it is that sum and the difference between the part without it and the part with it.",
+            "Memory is the process's high-water mark over what it held before, with its libraries loaded. AdamW's "
+            "states, which every contender needs alike, are not in it.",
+            "The reference is the policy itself, as at the start of a run, where the KL term's gradient is zero. With "
+            "a KL term no sequence is without signal, so none is skipped: that is part of its price.",
+            "Generation makes completions of one length. What sharing prompts and skipping save grows with the "
+            "prompts' share of the tokens and with the share of groups without signal: both are in the record's work.",
+            "FLOPs are those of products with weights; attention's own are left out.",
+        ),
     ),
     "advantage-modes": (
         "Advantage modes",
