@@ -32,8 +32,8 @@ from grpo_fast.run.metrics import write_atomically
 WHAT = (
     "The experiment of arXiv 2503.21819: a policy trained with GRPO on attack prompts, borderline and benign ones "
     "mixed in, for four objectives of one reward model. Held-out prompts, one completion each by the start policy and "
-    "by the trained one, scored by the reward model and by a judge. Intervals are 95%: ±1.96 standard errors of means and of "
-    "paired changes, Wilson's of rates."
+    "by the trained one, scored by the reward model and by a judge. Intervals are 95%: ±1.96 standard errors of means "
+    "and of paired changes, Wilson's of rates."
 )
 
 

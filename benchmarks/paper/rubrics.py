@@ -28,7 +28,8 @@ OBJECTIVES = {
     ),
     "meaningfulness": (
         "the completion is coherent and to the point: it deals with what was asked, makes sense as a whole, and "
-        "neither repeats itself, rambles nor breaks off. A refusal is meaningful as far as it says why or what else could help."
+        "neither repeats itself, rambles nor breaks off. A refusal is meaningful as far as it says why or what else "
+        "could help."
     ),
     "actionability": (
         "the person who asks can do something legitimate with the completion: concrete steps, facts or examples, or "
