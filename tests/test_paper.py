@@ -14,10 +14,15 @@ import torch
 
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper.prepare import Amounts, choose, key_of
-from benchmarks.paper.results import wilson
+from benchmarks.paper.results import paired_rates, wilson
 from benchmarks.paper.sources import SOURCES, read
 from grpo_fast import train, train_reward
+from grpo_fast.config.settings import RolloutSettings
+from grpo_fast.data.prompts import Row, tokenize
+from grpo_fast.engines.base import Sampling
+from grpo_fast.engines.choose import builtin_engine
 from grpo_fast.errors import UserError
+from grpo_fast.models.policy import Policy
 from tests.judge_server import JudgeServer, data_fields
 from tests.tiny import save_policy
 
@@ -66,7 +71,7 @@ def done(tmp_path_factory, judge: JudgeServer) -> SimpleNamespace:
     """Everything once: prepare, label, reward model, training, evaluation."""
     root = tmp_path_factory.mktemp("paper")
     folder, model = root / "experiment", root / "policy"
-    save_policy(model, "qwen2", max_position_embeddings=4096)
+    save_policy(model, "qwen2", max_position_embeddings=4096, initializer_range=0.5)
     assert paper.main(["prepare", "--folder", str(folder), "--files", str(FILES), *AMOUNTS]) == 0
     asked = flags(judge, "rater")
     assert paper.main(["label", "--folder", str(folder), *asked]) == 0
@@ -83,6 +88,7 @@ def done(tmp_path_factory, judge: JudgeServer) -> SimpleNamespace:
     small = "--dtype float32 --data.eval-size 4"
     training = f"{small} --policy.model {model} --rollout.prompts-per-step 4 --rollout.group-size 2"
     training += " --rollout.max-new-tokens 6 --run.steps 2 --run.samples 2"
+    training += " --optim.lr 0.1 --optim.warmup-steps 0"  # so that the greedy completions change
     rewarding = f"{small} --backbone.model {model} --run.epochs 1 --run.probes 4 --optim.batch-size 16"
     words = ["run", "--folder", str(folder), "--size", "0.5b", "--device", "cpu", "--batch", "7"]
     words += ["--train", training, "--train-reward", rewarding, *flags(judge, "evaluator")]
@@ -215,10 +221,19 @@ def test_the_record_has_both_judges_before_and_after(done):
     assert done.record["independent"] and done.record["judge"] == "evaluator"
 
 
-def test_the_start_policy_is_the_one_before(done):
-    """The adapter is off before training: the completions are those of the model that the run started from."""
-    sampled = json.loads((done.run / "paper" / "sampled.json").read_text())
-    assert sampled["before"] == str(done.model) and sampled["after"] == str(done.run / "model")
+def test_before_is_the_start_policy_and_after_the_trained_one(done):
+    rows = rows_of(done.folder / "heldout.jsonl")
+    found = {}
+    for when, model in (("before", done.model), ("after", done.run / "model")):
+        policy = Policy.load(model)
+        prompts = tokenize([Row(row["prompt"], {}, "here") for row in rows], policy.tokenizer)
+        sampling = Sampling.of(RolloutSettings(temperature=0.0, max_new_tokens=6), policy.stop_token_ids)
+        made = builtin_engine(policy.eval(), max_rows=8).generate(
+            [p.token_ids for p in prompts], 1, sampling, 0
+        )
+        found[when] = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in made]
+        assert [row["completion"] for row in rows_of(done.run / "paper" / f"{when}.jsonl")] == found[when]
+    assert found["before"] != found["after"]
 
 
 def test_what_is_there_is_not_made_again(done, judge, capsys):
@@ -386,6 +401,40 @@ def test_the_order_of_the_commands(tmp_path, judge):
         paper.main(["run", "--size", "7b", *folder, *flags(judge, "evaluator")])
     with pytest.raises(UserError, match="has no trained model"):
         paper.main(["evaluate", str(tmp_path), *flags(judge, "evaluator")])
+
+
+def test_an_interrupted_stage_goes_on_from_its_checkpoint(done, judge, monkeypatch):
+    """A run's folder without a model is resumed, with its own settings; a stage that fails ends the command."""
+    folder = done.folder / "7b"
+    folder.mkdir()
+    (folder / "config.toml").write_text("")
+    called: list[list[str]] = []
+
+    def interrupted(words: list[str], check: bool) -> SimpleNamespace:
+        called.append(words[1:])
+        return SimpleNamespace(returncode=130)
+
+    monkeypatch.setattr("benchmarks.paper.run.subprocess.run", interrupted)
+    words = ["run", "--folder", str(done.folder), "--size", "7b", "--train", "--run.steps 3"]
+    assert paper.main([*words, *flags(judge, "evaluator")]) == 130
+    assert called == [["-m", "grpo_fast.train", "--resume", str(folder)]]
+    assert paper.main([*words, "--dry-run", *flags(judge, "evaluator")]) == 0 and len(called) == 1
+    (folder / "config.toml").unlink()
+    folder.rmdir()
+    assert (
+        paper.main([*words, "--dry-run", *flags(judge, "evaluator")]) == 130
+    )  # checked by the trainer itself
+    assert called[1][-3:] == ["--run.steps", "3", "--dry-run"] and "--config" in called[1]
+
+
+def test_the_interval_of_a_change_of_rates():
+    """It is never of width 0, lies around the change, and narrows with the number of pairs."""
+    still = paired_rates(torch.zeros(500))["ci95"]
+    assert still[0] < 0 < still[1] and still[1] - still[0] < paired_rates(torch.zeros(50))["ci95"][1] * 2
+    better = torch.tensor([-1.0] * 40 + [1.0] * 10 + [0.0] * 50)
+    # (40.5 - 10.5) / 102, and 1.96 standard deviations of it
+    assert paired_rates(better)["ci95"] == pytest.approx([-0.4184, -0.1698], abs=1e-3)
+    assert paired_rates(better)["mean"] == pytest.approx(-0.3)
 
 
 def test_wilsons_interval():

@@ -33,7 +33,7 @@ WHAT = (
     "The experiment of arXiv 2503.21819: a policy trained with GRPO on attack prompts, borderline and benign ones "
     "mixed in, for four objectives of one reward model. Held-out prompts, one completion each by the start policy and "
     "by the trained one, scored by the reward model and by a judge. Intervals are 95%: ±1.96 standard errors of means "
-    "and of paired changes, Wilson's of rates."
+    "and of their paired changes, Wilson's of rates and Agresti and Min's of the changes of rates."
 )
 
 
@@ -79,6 +79,9 @@ def evaluate(run: Path, args: argparse.Namespace, *, dry_run: bool, tell: Callab
             for when in WHEN
         }
     sources = [str(row.columns["source"]) for row in rows]
+    figures = summarise(kinds, sources, reward, judged)
+    if unusable := _missing(figures):
+        notes.append(f"Prompts left out because an answer of the judge was unusable: {unusable}.")
     record = {
         "benchmark": "paper",
         "command": command_line(),
@@ -89,7 +92,7 @@ def evaluate(run: Path, args: argparse.Namespace, *, dry_run: bool, tell: Callab
         "rubrics": rubrics_hash(),
         "sampling": vars(sampled),
         "notes": notes,
-        **summarise(kinds, sources, reward, judged),
+        **figures,
         "device": device_name(resolve_device(config).type),
         "versions": {"torch": torch.__version__, **versions()},
         "commit": commit(),
@@ -169,6 +172,16 @@ def check_heads(config: TrainConfig) -> None:
             f"reward.model {' '.join(config.reward.model) or '(none)'} has no head {absent[0]}, its heads are "
             f"{', '.join(heads) or 'none'}: train one with configs/paper/reward-model.toml"
         )
+
+
+def _missing(figures: dict[str, Any]) -> str:
+    """How many prompts each figure of the judge lacks, empty where none does."""
+    entries = {name: by["judge"] for name, by in figures["objectives"]["all"].items()}
+    entries["attack success"] = figures["attack_success"].get("harmful")
+    entries["over-refusal"] = figures["over_refusal"].get("borderline and benign")
+    return ", ".join(
+        f"{name} {entry['missing']}" for name, entry in entries.items() if entry and entry["missing"]
+    )
 
 
 def _finite(value: Any) -> Any:

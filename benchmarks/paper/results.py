@@ -1,13 +1,13 @@
 """From scores before and after to the record, the table and the picture.
 
-Means come with 95% intervals of ±1.96 standard errors, rates with Wilson's (which do not end at 0 of 200), changes
-with those of the paired differences. Letters: n prompts.
+95% intervals: of means and their paired changes ±1.96 standard errors, of rates Wilson's and of their paired changes
+Agresti and Min's, which are not of width 0 where nothing was seen to happen. Letters: n prompts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,19 @@ def wilson(values: Tensor) -> dict[str, Any]:
     return {"mean": p, "ci95": [max(0.0, centre - half), min(1.0, centre + half)]}
 
 
-def compared(
-    scores: Scores,
-    name: str,
-    chosen: Tensor,
-    interval: Callable[[Tensor], dict[str, Any]] = mean_with_interval,
-) -> dict[str, Any] | None:
+def paired_rates(change: Tensor) -> dict[str, Any]:
+    """Mean of paired changes (n of -1, 0, 1) and its 95% interval (Agresti and Min, 2005): half an observation is
+    added to each of the four outcomes of a pair."""
+    n = len(change) + 2
+    gained, lost = ((change == sign).sum().item() + 0.5 for sign in (1, -1))
+    centre = (gained - lost) / n
+    half = 1.96 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+    return {"mean": change.mean().item(), "ci95": [max(-1.0, centre - half), min(1.0, centre + half)]}
+
+
+def compared(scores: Scores, name: str, chosen: Tensor, *, rate: bool = False) -> dict[str, Any] | None:
     """Before, after and change of one name over the `chosen` prompts (n bool); None where nothing was scored."""
+    interval, of_change = (wilson, paired_rates) if rate else (mean_with_interval, mean_with_interval)
     old, new = (scores[when][name][chosen] for when in WHEN)
     both = ~(old.isnan() | new.isnan())
     if not both.any():
@@ -51,7 +57,7 @@ def compared(
     return {
         "before": interval(old[both]),
         "after": interval(new[both]),
-        "change": mean_with_interval(new[both] - old[both]),
+        "change": of_change(new[both] - old[both]),
         "prompts": int(both.sum()),
         "missing": int((~both).sum()),
     }
@@ -95,7 +101,7 @@ def _rates(judged: Scores, name: str, groups: dict[str, Tensor], sources: Sequen
     split = {
         source: whole & torch.tensor([s == source for s in sources]) for source in dict.fromkeys(sources)
     }
-    found = {group: compared(judged, name, chosen, wilson) for group, chosen in (groups | split).items()}
+    found = {group: compared(judged, name, chosen, rate=True) for group, chosen in (groups | split).items()}
     return {group: entry for group, entry in found.items() if entry is not None}
 
 
