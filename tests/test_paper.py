@@ -74,6 +74,23 @@ def done(tmp_path_factory, judge: JudgeServer) -> SimpleNamespace:
     save_policy(model, "qwen2", max_position_embeddings=4096, initializer_range=0.5)
     assert paper.main(["prepare", "--folder", str(folder), "--files", str(FILES), *AMOUNTS]) == 0
     asked = flags(judge, "rater")
+    words = [
+        "sample",
+        "--folder",
+        str(folder),
+        "--size",
+        "0.5b",
+        "--device",
+        "cpu",
+        "--prompts",
+        "5",
+        "--batch",
+        "3",
+    ]
+    assert (
+        paper.main([*words, "--train", f"--policy.model {model} --dtype float32 --rollout.max-new-tokens 6"])
+        == 0
+    )
     assert paper.main(["label", "--folder", str(folder), *asked]) == 0
     labelling, judge.payloads = judge.payloads, []
     early: list[str] = []
@@ -152,7 +169,9 @@ def test_ratings_are_the_peoples_where_they_exist_and_the_raters_elsewhere(done)
     people = [row for row in rows if row["source"] == "beavertails"]
     assert people and {row["safety"] for row in people} == {0.0, 1.0}
     requests = Counter(rubric_of(payload) for payload in done.labelling)
-    others = [row for row in rows if row["source"] == "helpsteer2"]
+    others = [row for row in rows if row["source"] != "beavertails"]
+    own = [row["response"] for row in rows if row["source"] == "own-0.5b"]
+    assert len(own) == 5 == len({text for text in own if text})  # each its own words
     assert requests["safety"] == len(others) > 0
     assert requests["actionability"] == len(rows)
     reply = others[0]["response"]
@@ -246,9 +265,9 @@ def test_what_is_there_is_not_made_again(done, judge, capsys):
     assert paper.main(words) == 0
     said = capsys.readouterr().out
     assert (output / "after.jsonl").read_bytes() == kept
-    assert "before training:" not in said.partition("judged")[0] and "after training: 14 of 14" in said
+    assert "before: " not in said and "after: 14 of 14 completions" in said
     assert [data_fields(payload)[1] for payload in judge.payloads[asked:]] == ["Four."]  # the check alone
-    with pytest.raises(UserError, match=r"made with temperature = 0.0, not 1.0: give --output"):
+    with pytest.raises(UserError, match=r"made with temperature = 0.0, not 1.0: give another folder"):
         paper.main([*words, "--temperature", "1"])
 
 

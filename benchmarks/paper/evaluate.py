@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.loss_head import commit, device_name, versions
 from benchmarks.page import Picture, Table, command_line, write_page
-from benchmarks.paper.completions import WHEN, check_settings, complete, score, settings_of
+from benchmarks.paper.completions import WHEN, check_settings, complete, sampled_by, score
 from benchmarks.paper.judged import Jury, ratings_needed
 from benchmarks.paper.label import labelled
 from benchmarks.paper.prepare import key_of
@@ -52,7 +52,8 @@ def evaluate(run: Path, args: argparse.Namespace, *, dry_run: bool, tell: Callab
     notes = check_judge(args, config)
     check_heads(config)
     output = args.output or run / "paper"
-    sampled = settings_of(run, config, args, rows)
+    models = {"before": config.policy.model, "after": str(run / "model")}
+    sampled = sampled_by(models, rows, config, args)
     kinds = [str(row.columns["kind"]) for row in rows]
     tell(
         f"{len(rows):,} held-out prompts: " + ", ".join(f"{n:,} {kind}" for kind, n in Counter(kinds).items())

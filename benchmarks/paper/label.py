@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.paper.prepare import require_prepared
 from benchmarks.paper.rubrics import OBJECTIVES, judge_settings, open_judges, require_judge, rubrics_hash
+from benchmarks.paper.sample import own_replies
 from benchmarks.paper.sources import chat
 from grpo_fast.errors import UserError
 from grpo_fast.run.metrics import read_rows, write_atomically
@@ -26,11 +27,16 @@ AT_ONCE = 128  # replies; between two batches one line tells how far it is
 def label(folder: Path, args: argparse.Namespace, *, dry_run: bool, tell: Callable[[str], None]) -> None:
     """Write ratings.jsonl. Answers are kept as they come: what was rated before an interruption is not asked again."""
     require_prepared(folder)
-    if (said := labelled(folder)) is not None:
+    rows = read_rows(folder / "replies.jsonl") + own_replies(folder)
+    said = labelled(folder)
+    if said is not None and said["replies"] == len(rows):
         tell(f"{folder} is labelled already, by {said['judge']}")
         return
     require_judge(args, "label")
-    rows = read_rows(folder / "replies.jsonl")
+    if said is not None and said["judge"] != getattr(args, "judge.model"):
+        raise UserError(
+            f"{folder} was labelled by {said['judge']}: two judges have two scales, so go on with that one"
+        )
     cache = None if dry_run else folder / "judge-of-replies"
     unrated = {name: rubric for name, rubric in OBJECTIVES.items() if name != "safety"}
     judges = open_judges(

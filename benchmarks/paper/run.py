@@ -23,11 +23,10 @@ from benchmarks.paper.rubrics import (
     require_independent,
     require_judge,
 )
+from benchmarks.paper.sample import CONFIGS, words_of
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
-SIZES = ("0.5b", "7b", "14b")
 REWARD_MODEL = "reward-model"
 
 
@@ -41,7 +40,7 @@ def run(folder: Path, args: argparse.Namespace, *, dry_run: bool, tell: Callable
     if args.reward_model is None and not reward_model.is_dir():
         require_labelled(folder)
     require_judge(args, "run")
-    more, more_reward = (_words(args, name) for name in ("train", "train_reward"))
+    more, more_reward = (words_of(args, name) for name in ("train", "train_reward"))
     if any(word.startswith("--judge") for word in more):
         raise UserError(
             "--train must not name a judge: the judge of the evaluation may not be seen by the training"
@@ -83,13 +82,6 @@ def run(folder: Path, args: argparse.Namespace, *, dry_run: bool, tell: Callable
         if dry_run:
             return 0
     return evaluate(trained, args, dry_run=dry_run, tell=tell)
-
-
-def _words(args: argparse.Namespace, name: str) -> list[str]:
-    try:
-        return shlex.split(getattr(args, name))
-    except ValueError as error:
-        raise UserError(f"--{name.replace('_', '-')}: {error}") from None
 
 
 def _stage(
