@@ -66,6 +66,14 @@ def judge() -> Iterator[JudgeServer]:
         yield server
 
 
+def in_this_process(module: str, words: list[str]) -> int:
+    """A command of the trainer without a process that imports everything again."""
+    with pytest.raises(SystemExit) as stop:
+        {"grpo_fast.train": train.main, "grpo_fast.train_reward": train_reward.main}[module](words)
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, judge: JudgeServer) -> SimpleNamespace:
     """Everything once: prepare, label, reward model, training, evaluation."""
@@ -109,7 +117,9 @@ def done(tmp_path_factory, judge: JudgeServer) -> SimpleNamespace:
     rewarding = f"{small} --backbone.model {model} --run.epochs 1 --run.probes 4 --optim.batch-size 16"
     words = ["run", "--folder", str(folder), "--size", "0.5b", "--device", "cpu", "--batch", "7"]
     words += ["--train", training, "--train-reward", rewarding, *flags(judge, "evaluator")]
-    assert paper.main(words) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("benchmarks.paper.run.trainer", in_this_process)
+        assert paper.main(words) == 0
     judge.rate = rating
     return SimpleNamespace(
         folder=folder,
@@ -429,14 +439,14 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(done, judge, monkeypat
     (folder / "config.toml").write_text("")
     called: list[list[str]] = []
 
-    def interrupted(words: list[str], check: bool) -> SimpleNamespace:
-        called.append(words[1:])
-        return SimpleNamespace(returncode=130)
+    def interrupted(module: str, words: list[str]) -> int:
+        called.append([module, *words])
+        return 130
 
-    monkeypatch.setattr("benchmarks.paper.run.subprocess.run", interrupted)
+    monkeypatch.setattr("benchmarks.paper.run.trainer", interrupted)
     words = ["run", "--folder", str(done.folder), "--size", "7b", "--train", "--run.steps 3"]
     assert paper.main([*words, *flags(judge, "evaluator")]) == 130
-    assert called == [["-m", "grpo_fast.train", "--resume", str(folder)]]
+    assert called == [["grpo_fast.train", "--resume", str(folder)]]
     assert paper.main([*words, "--dry-run", *flags(judge, "evaluator")]) == 0 and len(called) == 1
     (folder / "config.toml").unlink()
     folder.rmdir()
@@ -444,6 +454,16 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(done, judge, monkeypat
         paper.main([*words, "--dry-run", *flags(judge, "evaluator")]) == 130
     )  # checked by the trainer itself
     assert called[1][-3:] == ["--run.steps", "3", "--dry-run"] and "--config" in called[1]
+
+
+def test_a_stage_is_a_command_that_exists(done, judge, capfd):
+    """As a real process, which ends with the trainer's own exit code and its one line."""
+    words = ["run", "--folder", str(done.folder), "--size", "14b", "--device", "cpu", "--dry-run"]
+    words += ["--train", "--policy.model /no/such/model", *flags(judge, "evaluator")]
+    assert paper.main(words) == 2
+    assert (
+        "policy.model must be the folder of a model, /no/such/model does not exist" in capfd.readouterr().err
+    )
 
 
 def test_the_interval_of_a_change_of_rates():

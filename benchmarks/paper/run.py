@@ -100,6 +100,9 @@ def _stage(
         return 0
     words = ["--resume", str(path), *device] if begun else [str(flag) for flag in flags]
     tell(f"python -m {module} {shlex.join(words)}")
-    return subprocess.run(
-        [sys.executable, "-m", module, *words, *(["--dry-run"] if dry_run else [])], check=False
-    ).returncode
+    return trainer(module, [*words, *(["--dry-run"] if dry_run else [])])
+
+
+def trainer(module: str, words: Sequence[str]) -> int:
+    """Exit code of a command of the trainer, run as a process of its own."""
+    return subprocess.run([sys.executable, "-m", module, *words], check=False).returncode
