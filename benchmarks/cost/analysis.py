@@ -68,6 +68,8 @@ def check_equal_terms(record: dict[str, Any]) -> None:
         if (cell["algorithm"], cell["seed"]) in seen:
             raise UserError(f"{name} is in the record twice; a cell may be measured once")
         seen.add((cell["algorithm"], cell["seed"]))
+        if cell["fingerprint"] is None:  # its process died before it could say
+            continue
         other = first.setdefault(cell["seed"], cell)
         for part in sorted(set(cell["fingerprint"]) | set(other["fingerprint"])):
             if cell["fingerprint"].get(part) != other["fingerprint"].get(part):
