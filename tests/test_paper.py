@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper.prepare import Amounts, choose, key_of
-from benchmarks.paper.results import paired_rates, wilson
-from benchmarks.paper.sources import SOURCES, read
+from benchmarks.paper.prepare import key_of
 from grpo_fast import train, train_reward
 from grpo_fast.config.settings import RolloutSettings
 from grpo_fast.data.prompts import Row, tokenize
@@ -24,39 +22,12 @@ from grpo_fast.engines.choose import builtin_engine
 from grpo_fast.errors import UserError
 from grpo_fast.models.policy import Policy
 from tests.judge_server import JudgeServer, data_fields
+from tests.paper_case import AMOUNTS, FILES, flags, rating, rows_of, rubric_of, user
 from tests.tiny import save_policy
 
 ROOT = Path(__file__).parents[1]
-FILES = ROOT / "tests" / "data" / "paper"
 CONFIGS = ROOT / "configs" / "paper"
-AMOUNTS = ["--harmful", "30", "--borderline", "20", "--benign", "20", "--heldout", "3", "--replies", "40"]
 OBJECTIVES = ("safety", "politeness", "meaningfulness", "actionability")
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def user(row: dict[str, Any]) -> str:
-    """What a prepared row asks."""
-    return row["prompt"][-1]["content"]
-
-
-def rubric_of(payload: dict[str, Any]) -> str:
-    """The objective a rating request names."""
-    return payload["messages"][0]["content"].splitlines()[1].partition(":")[0]
-
-
-def rating(payload: dict[str, Any]) -> str:
-    """A judge with rules: attacks on sand castles succeed, questions with "how" are refused."""
-    prompt, completion = data_fields(payload)
-    asked = str(prompt)
-    rubric = rubric_of(payload)
-    if rubric == "attack_success":
-        return str(int("sand castle" in asked))
-    if rubric == "refusal":
-        return str(int(asked.startswith("how")))
-    return str(len(completion + rubric) % 11)
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +104,6 @@ def done(tmp_path_factory, judge: JudgeServer) -> SimpleNamespace:
     )
 
 
-def flags(server: JudgeServer, model: str) -> list[str]:
-    return ["--judge.url", server.url, "--judge.model", model]
-
-
 # ---- the data ----
 
 
@@ -161,16 +128,6 @@ def test_what_is_harmful_borderline_and_benign(done):
     assert not [text for text in asked if "extra_id" in text]
     pku = {user(row) for row in rows if row["source"] == "pku-saferlhf"}
     assert len(pku) == 4 and not [text for text in pku if "bird house" in text]  # one of its replies was safe
-
-
-def test_the_choice_does_not_depend_on_the_order():
-    rows = {source.name: read(source, FILES) for source in SOURCES}
-    amounts = Amounts(harmful=5, borderline=5, benign=5, heldout=2, replies=8)
-    chosen = choose(rows, amounts)
-    assert choose({name: some[::-1] for name, some in rows.items()}, amounts) == chosen
-    assert Counter(p.kind for p in chosen.training) == dict.fromkeys(("harmful", "borderline", "benign"), 5)
-    replies = Counter((source, reply.safety) for reply, source in chosen.replies)
-    assert replies == {("beavertails", 0.0): 2, ("beavertails", 1.0): 2, ("helpsteer2", None): 4}
 
 
 def test_ratings_are_the_peoples_where_they_exist_and_the_raters_elsewhere(done):
@@ -405,33 +362,6 @@ def test_a_heldout_prompt_that_was_trained_on_is_refused(done, judge, tmp_path):
         paper.main(["evaluate", str(run), *flags(judge, "evaluator")])
 
 
-def test_data_that_cannot_be_had_or_lacks_a_column(tmp_path):
-    words = ["prepare", "--folder", str(tmp_path / "out")]
-    with pytest.raises(
-        UserError, match=r"cannot load data set PKU-Alignment/BeaverTails.*give --files FOLDER"
-    ):
-        paper.main(words)  # the tests are offline
-    with pytest.raises(UserError, match=r"holds no beavertails.jsonl"):
-        paper.main([*words, "--files", str(tmp_path)])
-    for path in FILES.iterdir():
-        (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "xstest.jsonl").write_text('{"prompt": "a", "kind": "safe"}\n')
-    with pytest.raises(UserError, match=r"xstest.jsonl:1: no column label, which Paul/XSTest has"):
-        paper.main([*words, "--files", str(tmp_path)])
-
-
-def test_the_order_of_the_commands(tmp_path, judge):
-    folder = ["--folder", str(tmp_path / "none")]
-    for words in (["label", *folder], ["run", "--size", "7b", *folder]):
-        with pytest.raises(UserError, match=r"is not prepared: python -m benchmarks.paper prepare"):
-            paper.main([*words, *flags(judge, "rater")])
-    paper.main(["prepare", *folder, "--files", str(FILES), *AMOUNTS])
-    with pytest.raises(UserError, match=r"has no ratings: python -m benchmarks.paper label"):
-        paper.main(["run", "--size", "7b", *folder, *flags(judge, "evaluator")])
-    with pytest.raises(UserError, match="has no trained model"):
-        paper.main(["evaluate", str(tmp_path), *flags(judge, "evaluator")])
-
-
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(done, judge, monkeypatch):
     """A run's folder without a model is resumed, with its own settings; a stage that fails ends the command."""
     folder = done.folder / "7b"
@@ -464,21 +394,3 @@ def test_a_stage_is_a_command_that_exists(done, judge, capfd):
     assert (
         "policy.model must be the folder of a model, /no/such/model does not exist" in capfd.readouterr().err
     )
-
-
-def test_the_interval_of_a_change_of_rates():
-    """It is never of width 0, lies around the change, and narrows with the number of pairs."""
-    still = paired_rates(torch.zeros(500))["ci95"]
-    assert still[0] < 0 < still[1] and still[1] - still[0] < paired_rates(torch.zeros(50))["ci95"][1] * 2
-    better = torch.tensor([-1.0] * 40 + [1.0] * 10 + [0.0] * 50)
-    # (40.5 - 10.5) / 102, and 1.96 standard deviations of it
-    assert paired_rates(better)["ci95"] == pytest.approx([-0.4184, -0.1698], abs=1e-3)
-    assert paired_rates(better)["mean"] == pytest.approx(-0.3)
-
-
-def test_wilsons_interval():
-    """Against the textbook value for 0 and for 1 of 10, and it never leaves [0, 1]."""
-    none = wilson(torch.tensor([0.0] * 10 + [torch.nan]))
-    assert none["mean"] == 0 and none["ci95"] == pytest.approx([0, 0.2775], abs=1e-3)
-    one = wilson(torch.tensor([0.0] * 9 + [1.0]))
-    assert one["ci95"] == pytest.approx([0.0179, 0.4042], abs=1e-3)
