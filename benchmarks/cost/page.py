@@ -182,6 +182,17 @@ def _quick(records: Records) -> str:
     return _of(records, "cost-quick-cpu", text)
 
 
+def _ablations(records: Records) -> str:
+    def text(record: dict[str, Any]) -> str:
+        from benchmarks.ablations import record as made
+
+        rows = [_table(table) for table in made.tables(record)]
+        picture = "![What removing an idea costs](../benchmarks/results/ablations-cpu.png)"
+        return "\n\n".join([_origin(record), rows[0], picture, *rows[1:]])
+
+    return _of(records, "ablations-cpu", text)
+
+
 def _other(stem: str) -> Callable[[Records], str]:
     """A block for the record of another benchmark: where it comes from, its tables, its limits."""
 
@@ -258,7 +269,7 @@ BLOCKS: dict[str, Callable[[Records], str]] = {
     "quick": _quick,
     "model": _other("cost-model-cpu"),
     "peers": _other("cost-peers-cpu"),
-    "ablations": _other("ablations-cpu"),
+    "ablations": _ablations,
 }
 
 if __name__ == "__main__":
