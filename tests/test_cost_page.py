@@ -66,7 +66,7 @@ def test_records_of_two_machines_stand_side_by_side_only_with_a_word(made):
 
 def test_other_records_are_shown(made):
     records = page.read_records(made.parent)
-    records["ablations-cpu"] = {
+    records["cost-model-cpu"] = {
         "benchmark": "whatever",
         "device": "AMD EPYC",
         "median_s": {"packed": 0.5, "padded": 1.0},
