@@ -140,7 +140,7 @@ def attempt(train: Callable[[], None], examiner: Examiner) -> tuple[str, str | N
         return "diverged", str(error)
     except (UserError, torch.OutOfMemoryError) as error:
         # the guard around the engine says in its own words that the weights are no longer finite
-        status = "diverged" if isinstance(error.__cause__, FloatingPointError) else "failed"
+        status = "diverged" if isinstance(error.__context__, FloatingPointError) else "failed"
         return status, " ".join(str(error).split())
     if examiner.worse():
         return "diverged", "worse than the start policy, by more than three standard errors"

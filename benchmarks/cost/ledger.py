@@ -32,8 +32,8 @@ class Budget:
     """What every run may spend. It goes on until all three are used up, at most `longest` times the seconds."""
 
     wall_s: float = math.inf
-    generated_tokens: float = math.inf
-    training_flops: float = math.inf
+    generated_tokens: float = 0.0
+    training_flops: float = 0.0
     steps: float = math.inf
     """Ends the run whatever is left of the others."""
     longest: float = 1.5

@@ -1,0 +1,1 @@
+{"status": "finished", "why": null, "curve": [{"wall_s": 1, "mean": 0.5}]}
