@@ -29,9 +29,9 @@ PAGE = ROOT / "docs" / "cost.md"
 RECORDS = {
     "cost-cpu": "python -m benchmarks.cost",
     "cost-quick-cpu": "python -m benchmarks.cost --quick",
-    "cost-model-cpu": "python -m benchmarks.cost.model",
-    "cost-peers-cpu": "python -m benchmarks.cost.peers",
-    "ablations-cpu": "python -m benchmarks.ablations",
+    "cost-model-cpu": "python -m benchmarks.cost.model --check --output benchmarks/results/cost-model-cpu.json",
+    "cost-peers-cpu": "python -m benchmarks.cost.peers --dpo-python DPO/bin/python --ppo-python PPO/bin/python",
+    "ablations-cpu": "python -m benchmarks.ablations --output benchmarks/results/ablations-cpu.json",
 }
 """Names of the records, without .json, and the commands that make them."""
 TITLES = {
