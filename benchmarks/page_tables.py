@@ -54,6 +54,30 @@ def quartiles(samples: list[float]) -> tuple[float | None, float | None]:
     return low, high
 
 
+def _cost(record: Record) -> list[Table]:
+    from benchmarks.cost.tables import tables
+
+    return tables(dict(record))
+
+
+def _cost_model(record: Record) -> list[Table]:
+    bars = record["bars"]
+    unit = {"flops": (1e9, "GFLOP"), "memory": (2**20, "MiB"), "seconds": (1.0, "s")}
+    rows = []
+    for row in record["cases"]:
+        figures: list[Any] = []
+        for key, (size, _) in unit.items():
+            figures += [row["predicted"][key] / size, row["measured"][key] / size, f"{row['ratio'][key]:.3f}"]
+        missed = [key for key, bar in bars.items() if abs(row["ratio"][key] - 1) > bar]
+        rows.append([f"{row['algorithm']}, {row['name']}", *figures, ", ".join(missed) or "none"])
+    columns = [
+        f"{word} {name}" for _, name in unit.values() for word in ("predicted", "measured", "ratio of")
+    ]
+    note = "Bars: " + ", ".join(f"{key} within {bar:.0%}" for key, bar in bars.items()) + "."
+    head = ["one step", *columns, "bars missed"]
+    return [Table(title="Predicted and measured", head=head, rows=rows, note=note)]
+
+
 def _step(record: Record) -> list[Table]:
     tables = medians({key: value for key, value in record.items() if key != "phases"})
     phases = record.get("phases", {}).get("median_s", {})
@@ -178,6 +202,20 @@ def _ablations(record: Record) -> list[Table]:
 
 Shown = tuple[str, str, Callable[[Record], list[Table]], tuple[str, ...]]
 SHOWN: dict[str, Shown] = {
+    "cost": (
+        "What alignment costs",
+        "GRPO, PPO and DPO from the same start policies, on the same prompts, against the same reward models, and on "
+        "the same held-out prompts; comparisons are paired by seed.",
+        _cost,
+        (_NOISE,),
+    ),
+    "cost-model": (
+        "The cost model against real steps",
+        "FLOPs, peak memory and seconds of one step, predicted from the architecture, the lengths and this machine's "
+        "measured rates, and measured, each size in a process of its own.",
+        _cost_model,
+        (_NOISE, "Checked on one CPU; what it says of GPUs and of larger models is foreseen, not measured."),
+    ),
     "step": (
         "A whole GRPO step",
         "One step (rollout, reward, update) against peers, generation, time by phase, and what shared prompts, packing "
