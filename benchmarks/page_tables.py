@@ -277,6 +277,8 @@ SHOWN: dict[str, Shown] = {
             "a KL term no sequence is without signal, so none is skipped: that is part of its price.",
             "Generation makes completions of one length. What sharing prompts and skipping save grows with the "
             "prompts' share of the tokens and with the share of groups without signal: both are in the record's work.",
+            "Packed rows are as long as the token budget allows (here everything is one pass), padded batches as high "
+            "as the record's padded_rows: where the latter hold fewer positions at once they also need less memory.",
             "FLOPs are those of products with weights; attention's own are left out.",
         ),
     ),
