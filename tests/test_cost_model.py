@@ -105,6 +105,15 @@ def test_more_gpus_share_the_work_and_pay_for_the_link():
     assert cost("grpo", JOB, small).checkpointing
 
 
+def test_models_that_are_shared_out_are_gathered():
+    job = replace(JOB, prompts=8, gpus=4)
+    whole = cost("ppo", job, H200)
+    peak = memory("ppo", replace(job.on_one(), checkpointing=True), device="cuda", dtype=torch.bfloat16)
+    tight = cost("ppo", job, replace(H200, memory=peak.shared_out("models", 4).peak))
+    assert (whole.memory.shards, tight.memory.shards) == ("nothing", "models") and tight.fits
+    assert tight.seconds["communication"] > whole.seconds["communication"]
+
+
 def test_decoding_takes_the_longer_of_arithmetic_and_bytes():
     load = Load(flops={"decode": 1e12}, steps=10, cached=1e6)
     rates = replace(H200, step_s=0.0)
