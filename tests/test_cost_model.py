@@ -17,7 +17,7 @@ from benchmarks.cost.check import CHECKED, job_of, measure
 from benchmarks.cost.job import ALGORITHMS, Job, Load, packed
 from benchmarks.cost.memory import memory
 from benchmarks.cost.model import cost, load_seconds
-from benchmarks.cost.rates import H200, Rates
+from benchmarks.cost.rates import H200, Rates, measure_rates
 from benchmarks.memory_cases import Case
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.packing import pack
@@ -131,6 +131,15 @@ def test_rates_between_and_outside_the_widths(tmp_path: Path):
     assert H200.of("head", 896) == H200.of("head", 5120) == H200.head[0]
     rates.save(tmp_path / "rates.json")
     assert Rates.load(tmp_path / "rates.json") == rates
+
+
+def test_rates_are_measured():
+    rates = measure_rates(widths=(64, 128), repeats=1)
+    assert rates.measured and rates.widths == (64, 128)
+    for kind in ("forward", "training", "head", "head_trained", "decode"):
+        assert all(1e7 < rates.of(kind, width) < 1e13 for width in (64, 96, 128))
+    assert 0 <= rates.layer_s < 0.1 and 0 < rates.draw_s < 1e-6
+    assert rates.optimizer > 1e7 and rates.bandwidth > 1e7
 
 
 @pytest.mark.parametrize(

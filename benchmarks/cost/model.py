@@ -195,6 +195,8 @@ def _command(argv: Sequence[str] | None) -> int:
     if args.measure:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: no CUDA device found")
+        if args.device == "cpu":
+            torch.set_num_threads(1)
         widths = (128, 256, 512) if args.device == "cpu" else (896, 2048, 3584, 5120)
         found = measure_rates(args.device, widths=widths)
         found.save(Path(args.measure))
