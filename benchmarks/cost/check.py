@@ -41,7 +41,7 @@ from grpo_fast.scoring import Scorer
 from grpo_fast.task import Task
 
 BARS = {"flops": 0.05, "memory": 0.15, "seconds": 0.25}
-_WORK = {"vocabulary": 4096, "kl": True, "budget": 1024, "prompts": 8, "group": 8, "prompt": 48, "new": 33}
+_WORK = {"vocabulary": 4096, "kl": True, "budget": 1024, "prompts": 4, "group": 8, "prompt": 48, "new": 33}
 CASES = {
     "hidden 192": Case(hidden=192, inner=512, layers=6, heads=3, key_heads=1, **_WORK),
     "hidden 320": Case(hidden=320, inner=1024, layers=4, heads=5, key_heads=1, **_WORK),
@@ -192,8 +192,9 @@ def measure(algorithm: str, case: Case) -> dict[str, Any]:
     run = built(replace(case, kl=False))  # the baselines make their own reference
     assert run.reward is not None
     config = replace(run.config, engine=EngineSettings(max_mismatch=0.0))
-    text = "x" * case.prompt
-    prompt = replace(run.prompt, text=text, token_ids=run.policy.tokenizer.encode(text))
+    # all different, or the reward model reads what is common once
+    texts = [f"{i:03d}".ljust(case.prompt, "x") for i in range(case.prompts * case.group)]
+    prompts = [replace(run.prompt, text=text, token_ids=run.policy.tokenizer.encode(text)) for text in texts]
     task = _Readable(
         policy=run.policy,
         scorer=Scorer.create(
@@ -203,7 +204,7 @@ def measure(algorithm: str, case: Case) -> dict[str, Any]:
             token_budget=case.reward_tokens,
         ),
         sampling=Sampling(max_new_tokens=case.new),
-        prompts=[prompt] * (case.prompts * case.group),
+        prompts=prompts,
         heldout=[],
     )
     ledger = _Watched(REPEATS + 2, case)

@@ -46,33 +46,49 @@ def memory(algorithm: str, job: Job, *, device: str, dtype: torch.dtype) -> Memo
     """Of one device's share of a job (`Job.on_one`), nothing shared out."""
     sequences = job.prompts * job.group
     alone = algorithm in ("ppo", "ppo_shared")
-    work = Work(
-        policy=job.policy,
-        device=device,
-        dtype=dtype,
-        lora=job.lora,
-        reference=job.kl or algorithm != "grpo",
-        token_budget=job.token_budget,
-        gradient_checkpointing=job.checkpointing,
-        prompts=sequences if alone else job.prompts,
-        minibatches=job.minibatches if alone else 1,
-        group_size=1 if alone else job.group,
-        prompt_tokens=job.prompt_tokens,
-        new_tokens=job.new_tokens,
-        max_rows=job.max_rows,
-        reward_models=(job.reward or job.policy,),
-        reward_dtype=dtype,
-        reward_tokens=job.reward_budget,
-    )
-    planner = Planner(work)
-    counts, found = planner.counts_and_estimate()
+    asked = {
+        "lora": job.lora,
+        "reference": job.kl or algorithm != "grpo",
+        "token_budget": job.token_budget,
+        "gradient_checkpointing": job.checkpointing,
+        "prompts": sequences if alone else job.prompts,
+        "minibatches": job.minibatches if alone else 1,
+        "group_size": 1 if alone else job.group,
+        "max_rows": job.max_rows,
+    }
+    planner = _planner(job, device, dtype)
+    counts, found = planner.counts_and_estimate(**asked)
     if algorithm.startswith("dpo"):  # a pair of every prompt is trained on, the better and the worse
-        update = planner.estimate(group_size=2)
+        update = planner.estimate(**asked | {"group_size": 2})
         beside = found.heap - update.heap
         phases = {**found.phases(), "update": update.update + max(0, beside)}
         found = replace(update, generate=phases["generate"], score=phases["score"], update=phases["update"])
     value = _value_parameters(job, counts) if algorithm == "ppo" else 0
     return _with_value_model(found, counts, value, dtype)
+
+
+_planners: dict[tuple, Planner] = {}
+
+
+def _planner(job: Job, device: str, dtype: torch.dtype) -> Planner:
+    """One for all algorithms: what they have in common is counted once."""
+    reward = job.reward or job.policy
+    lengths = job.prompt_tokens, job.new_tokens, job.reward_budget
+    key = (job.policy.to_json_string(), reward.to_json_string(), device, dtype, *lengths)
+    if key not in _planners:
+        _planners[key] = Planner(
+            Work(
+                policy=job.policy,
+                device=device,
+                dtype=dtype,
+                prompt_tokens=job.prompt_tokens,
+                new_tokens=job.new_tokens,
+                reward_models=(reward,),
+                reward_dtype=dtype,
+                reward_tokens=job.reward_budget,
+            )
+        )
+    return _planners[key]
 
 
 def _value_parameters(job: Job, counts: ParameterCounts) -> int:

@@ -7,7 +7,9 @@
         --output benchmarks/results/cost-model-cpu.json
 
 The rates of an H200 are published peaks times assumed shares, not measurements. Several GPUs each take a share of the
-prompts; gradients are summed over the links after every optimizer step, and nothing of that overlaps with the rest.
+prompts; gradients are summed over the links after every optimizer step. Where a GPU's memory does not hold everything,
+optimizer and gradients are shared out, then reference, reward and value model too, whose weights are then gathered for
+every micro-batch; the policy's stay whole, for every GPU generates with them. None of that overlaps with the rest.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from benchmarks.cost.job import ALGORITHMS, Job, Load, Sizes
-from benchmarks.cost.memory import SHARDS, Memory, memory
+from benchmarks.cost.architecture import Architecture
+from benchmarks.cost.job import ALGORITHMS, Job, Load, Sizes, Step
+from benchmarks.cost.memory import Memory, memory
 from benchmarks.cost.rates import H200, STATE_TRAFFIC, Rates, measure_rates
 from benchmarks.step.work import QWEN
 from grpo_fast.errors import UserError, did_you_mean
@@ -80,7 +83,8 @@ def cost(
     }
     if job.gpus > 1:
         away = (job.gpus - 1) / job.gpus
-        seconds["communication"] = 2 * away * 4 * step["update"].updated / rates.link
+        moved = 2 * 4 * step["update"].updated + _gathered(step, found, job.gpus, _layers(sizes.policy))
+        seconds["communication"] = away * moved / rates.link
     flops = {phase: job.prompts / one.prompts * load.total for phase, load in step.items()}
     return replace(needed, flops=flops, seconds=seconds)
 
@@ -97,29 +101,62 @@ def load_seconds(load: Load, rates: Rates, *, width: int, weights: int, item: in
     return total + max(load.flops.get("decode", 0.0) / rates.of("decode", width), moved / rates.bandwidth)
 
 
+def _gathered(step: Step, found: Memory, gpus: int, layers: int) -> float:
+    """Bytes of weights that come from the other devices, where models are shared out: once a pass and micro-batch.
+
+    Of the update only the value network's, once forward and once backward.
+    """
+    if found.shards != "models":
+        return 0.0
+    models = {
+        "reference": "reference",
+        "reward": "reward_model",
+        "values": "value_model",
+        "update": "value_model",
+    }
+    passes = {phase: load.layers / layers / (3 if phase == "update" else 1) for phase, load in step.items()}
+    return sum(
+        passes[phase] * gpus * found.parts[model] for phase, model in models.items() if phase in passes
+    )
+
+
+def _layers(size: Architecture) -> int:
+    return sum(layers.count for layers in size.attention)
+
+
 def _fitting(algorithm: str, one: Job, rates: Rates, gpus: int, device: str, dtype: torch.dtype) -> Cost:
     """The first way to fit the device, from the fastest on; else the smallest. Its FLOPs and seconds are empty."""
     tried: list[Cost] = []
     plain: dict[bool, Memory] = {}
-    for shards in SHARDS if gpus > 1 else SHARDS[:1]:
-        for checkpointing in (one.checkpointing,) if one.checkpointing else (False, True):
-            if checkpointing not in plain:
-                again = replace(one, checkpointing=checkpointing)
-                plain[checkpointing] = memory(algorithm, again, device=device, dtype=dtype)
-            found = plain[checkpointing].shared_out(shards, gpus)
-            fits = found.peak <= rates.memory
-            tried.append(
-                Cost(
-                    algorithm=algorithm,
-                    flops={},
-                    seconds={},
-                    memory=found,
-                    checkpointing=checkpointing,
-                    fits=fits,
-                )
+    # sharing out the optimizer costs nothing, checkpointing arithmetic, sharing out models their way
+    ways = [
+        ("nothing", False),
+        ("optimizer", False),
+        ("optimizer", True),
+        ("models", False),
+        ("models", True),
+    ]
+    if gpus == 1:
+        ways = [("nothing", False), ("nothing", True)]
+    for shards, asked in ways:
+        checkpointing = asked or one.checkpointing
+        if checkpointing not in plain:
+            again = replace(one, checkpointing=checkpointing)
+            plain[checkpointing] = memory(algorithm, again, device=device, dtype=dtype)
+        found = plain[checkpointing].shared_out(shards, gpus)
+        fits = found.peak <= rates.memory
+        tried.append(
+            Cost(
+                algorithm=algorithm,
+                flops={},
+                seconds={},
+                memory=found,
+                checkpointing=checkpointing,
+                fits=fits,
             )
-            if fits:
-                return tried[-1]
+        )
+        if fits:
+            return tried[-1]
     return min(tried, key=lambda each: each.memory.peak)
 
 
@@ -158,6 +195,8 @@ def _command(argv: Sequence[str] | None) -> int:
     if args.measure:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: no CUDA device found")
+        if args.device == "cpu":
+            torch.set_num_threads(1)
         widths = (128, 256, 512) if args.device == "cpu" else (896, 2048, 3584, 5120)
         found = measure_rates(args.device, widths=widths)
         found.save(Path(args.measure))
@@ -218,6 +257,8 @@ def table(name: str, job: Job, rates: Rates, *, steps: int) -> Table:
     found.add_row("PFLOP", *(_number(sum(each.flops.values()) / 1e15) for each in costs))
     found.add_section()
     for part in costs[0].memory.parts:
+        if not any(each.memory.parts[part] for each in costs):
+            continue
         title = f"GiB, {part.replace('_', ' ')}"
         found.add_row(title, *(_number(each.memory.parts[part] / GIB) for each in costs))
     found.add_row("GiB, peak of a GPU", *(_number(each.memory.peak / GIB) for each in costs))

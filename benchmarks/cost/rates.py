@@ -130,7 +130,8 @@ H200 = Rates(
 def measure_rates(device: str = "cpu", *, widths: Sequence[int] = (128, 256, 512), repeats: int = 3) -> Rates:
     """The rates of this machine at Qwen2 layers of these hidden sizes: float32 on the CPU, bfloat16 on a GPU.
 
-    The CPU's clock is the process's own, so that others at work on the machine disturb less: use one thread.
+    The CPU's clock is the process's own, so that others at work on the machine disturb less; it is right with one
+    thread only.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     found = [_at_width(width, device, dtype, repeats) for width in widths]
