@@ -22,6 +22,7 @@ from grpo_kernels import LossConfig, group_advantages, grpo_loss
 
 from benchmarks import body, loss_head, memory
 from benchmarks.cost import steps as cost_steps
+from benchmarks.machine import device_name
 from benchmarks.step import gpu as steps
 
 SHAPES = (
@@ -111,7 +112,7 @@ def elementwise(device: str = "cuda", *, repeats: int = 30) -> dict[str, Any]:
     config = LossConfig.preset("grpo", kl_coef=0.04, aggregation="token_mean")
     record: dict[str, Any] = {
         "benchmark": "elementwise",
-        "device": loss_head.device_name(device),
+        "device": device_name(device),
         "samples_ms": {},
     }
     for power in (12, 18, 24):

@@ -30,7 +30,7 @@ from rich.table import Table as Lines
 from rich.text import Text
 
 from benchmarks.compare import ANCHOR, Change, compare, differences, merged, thinned
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from benchmarks.page import Table, cell, write_page
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, run_command

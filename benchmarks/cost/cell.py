@@ -18,7 +18,7 @@ from benchmarks.cost.algorithms import ALGORITHMS
 from benchmarks.cost.examiner import Examiner, fingerprint
 from benchmarks.cost.lab import Lab, reward_models
 from benchmarks.cost.ledger import PHASES, Budget, Diverged, Ledger
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from grpo_fast.config.command_line import parse
 from grpo_fast.config.resolve import resolve_device
 from grpo_fast.config.settings import TrainConfig

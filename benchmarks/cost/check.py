@@ -31,7 +31,7 @@ from benchmarks.cost.lab import Lab
 from benchmarks.cost.ledger import Budget, Ledger
 from benchmarks.cost.model import cost
 from benchmarks.cost.rates import Rates, measure_rates
-from benchmarks.loss_head import commit, device_name
+from benchmarks.machine import commit, device_name
 from benchmarks.memory import peak_bytes, versions
 from benchmarks.memory_cases import Case, built
 from grpo_fast.config.engine_settings import EngineSettings

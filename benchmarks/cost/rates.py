@@ -16,7 +16,7 @@ from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
 
 from benchmarks.cost import flops
 from benchmarks.cost.architecture import Architecture
-from benchmarks.loss_head import commit, device_name
+from benchmarks.machine import commit, device_name
 from benchmarks.step.work import Shape, model_of, tokenizer_of
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.engines.base import Sampling

@@ -27,7 +27,7 @@ from benchmarks.baselines import ppo
 from benchmarks.cost.algorithms import ALGORITHMS
 from benchmarks.cost.lab import Lab
 from benchmarks.cost.ledger import PHASES, Budget, Ledger
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from benchmarks.step.work import QWEN, Shape, Size, config_of, model_of, prompts_of, tokenizer_of
 from grpo_fast.config.settings import RewardSettings, TrainConfig
 from grpo_fast.engines.base import Sampling

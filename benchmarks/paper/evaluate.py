@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from benchmarks.page import Picture, Table, command_line, write_page
 from benchmarks.paper.completions import WHEN, check_settings, complete, sampled_by, score
 from benchmarks.paper.judged import Jury, ratings_needed
