@@ -143,7 +143,7 @@ def test_the_log_probs_that_dpo_trains(lora: bool):
 
     def pairs() -> None:
         for batch in batches:
-            logprobs, _ = linear_logprob(policy.hidden_states(batch), targets=batch.targets, **policy._head())
+            logprobs, _ = linear_logprob(policy.hidden_states(batch), targets=batch.targets, **policy.head())
             logprobs.sum().backward()
 
     measured = after_a_first_call(pairs)
