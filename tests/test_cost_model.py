@@ -82,6 +82,9 @@ def test_ppo_holds_a_value_model_beside_what_grpo_holds():
     assert cost_of["ppo"].parts["value_model"] == 2 * value
     assert cost_of["ppo"].parts["optimizer"] == cost_of["grpo"].parts["optimizer"] + 12 * value
     assert cost_of["ppo"].peak >= cost_of["ppo_shared"].peak + 14 * value
+    adapted = memory("ppo", replace(JOB, lora=LoraSettings(rank=4)), device="cuda", dtype=torch.bfloat16)
+    assert adapted.value_parameters < value / 4  # an adapter, and the output
+    assert adapted.parts["value_model"] > 2 * value  # the model under it, and the adapter
     for found in cost_of.values():
         assert sum(found.parts.values()) == found.peak
         shared = found.shared_out("models", 4)

@@ -41,7 +41,7 @@ from grpo_fast.scoring import Scorer
 from grpo_fast.task import Task
 
 BARS = {"flops": 0.05, "memory": 0.15, "seconds": 0.25}
-_WORK = {"vocabulary": 4096, "kl": True, "budget": 1024, "prompts": 4, "group": 8, "prompt": 48, "new": 33}
+_WORK = {"vocabulary": 4096, "kl": True, "budget": 1024, "prompts": 8, "group": 8, "prompt": 48, "new": 33}
 CASES = {
     "hidden 192": Case(hidden=192, inner=512, layers=6, heads=3, key_heads=1, **_WORK),
     "hidden 320": Case(hidden=320, inner=1024, layers=4, heads=5, key_heads=1, **_WORK),

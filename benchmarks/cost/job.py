@@ -30,7 +30,7 @@ class Job:
     objectives: int = 4
     """Outputs of the reward model"""
     lora: LoraSettings | None = None
-    """Adapter of the policy; a value network is always trained whole"""
+    """Adapter of the policy, and of a value network; None: both are trained whole"""
     checkpointing: bool = False
     prompts: int = 128
     """P of all devices together"""
@@ -138,7 +138,7 @@ class Sizes:
         return cls(
             policy=read(job.policy, job.lora, 0, job.checkpointing),
             frozen=read(job.policy, None, 0, False),
-            value=read(job.policy, None, 1, job.checkpointing),
+            value=read(job.policy, job.lora, 1, job.checkpointing),
             reward=read(job.reward or job.policy, None, job.objectives, False),
         )
 

@@ -33,7 +33,7 @@ class Memory:
     counts: ParameterCounts
     """Of the policy"""
     value_parameters: int
-    """Of a value network; 0 where there is none"""
+    """Trained ones of a value network; 0 where there is none"""
 
     def shared_out(self, shards: str, gpus: int) -> Memory:
         """The same with some parts shared out among `gpus` devices."""
@@ -63,8 +63,8 @@ def memory(algorithm: str, job: Job, *, device: str, dtype: torch.dtype) -> Memo
         beside = found.heap - update.heap
         phases = {**found.phases(), "update": update.update + max(0, beside)}
         found = replace(update, generate=phases["generate"], score=phases["score"], update=phases["update"])
-    value = _value_parameters(job, counts) if algorithm == "ppo" else 0
-    return _with_value_model(found, counts, value, dtype)
+    held, trained = _value_parameters(job, counts) if algorithm == "ppo" else (0, 0)
+    return _with_value_model(found, counts, held, trained, dtype)
 
 
 _planners: dict[tuple, Planner] = {}
@@ -91,19 +91,20 @@ def _planner(job: Job, device: str, dtype: torch.dtype) -> Planner:
     return _planners[key]
 
 
-def _value_parameters(job: Job, counts: ParameterCounts) -> int:
-    """The policy's, with one output in the place of a head that is not the embedding."""
+def _value_parameters(job: Job, counts: ParameterCounts) -> tuple[int, int]:
+    """(held, trained): the policy's, with one output in the place of a head that is not the embedding."""
     text = job.policy.get_text_config(decoder=True)
     tied = bool(getattr(job.policy, "tie_word_embeddings", False))
-    return counts.total - (0 if tied else counts.head) + text.hidden_size
+    held = counts.total - (0 if tied else counts.head) + text.hidden_size + counts.adapter
+    return held, held if job.lora is None else counts.adapter + text.hidden_size
 
 
 def _with_value_model(
-    found: MemoryEstimate, counts: ParameterCounts, value: int, dtype: torch.dtype
+    found: MemoryEstimate, counts: ParameterCounts, held: int, trained: int, dtype: torch.dtype
 ) -> Memory:
-    """The planner's estimate and a value network of `value` parameters, all trained, with an AdamW of its own."""
-    weights, gradients = value * dtype.itemsize, 4 * value
-    states = value * (8 + (4 if dtype != torch.float32 else 0))
+    """The planner's estimate and a value network of `held` parameters, `trained` of them, with an AdamW of its own."""
+    weights, gradients = held * dtype.itemsize, 4 * trained
+    states = trained * (8 + (4 if dtype != torch.float32 else 0))
     parts = {
         "policy": found.parameters,
         "reference": found.reference,
@@ -120,4 +121,4 @@ def _with_value_model(
     if working < 0:  # the peak is not the update's, and has no gradients
         parts["gradients"], working = max(0, parts["gradients"] + working), 0
     parts["working"] = working
-    return Memory(parts=parts, peak=peak, shards="nothing", counts=counts, value_parameters=value)
+    return Memory(parts=parts, peak=peak, shards="nothing", counts=counts, value_parameters=trained)
