@@ -1,0 +1,1 @@
+"""What alignment costs: GRPO, PPO and DPO on equal terms (`python -m benchmarks.cost`)."""
