@@ -1,6 +1,5 @@
 """One GRPO update: pack the sequences with signal, add up micro-batch gradients, step the optimizer."""
 
-from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import HalfUpdated, UserError
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim.optimizer import Optimizer
-from grpo_fast.packing import PackedBatch, pack
+from grpo_fast.packing import PackedBatch, pack_chosen
 from grpo_fast.rollout import Rollout
 
 
@@ -153,19 +152,15 @@ def with_signal(
 
 def packed(rollout: Rollout, kept: list[int], policy: Policy, token_budget: int) -> list[PackedBatch]:
     """Micro-batches of the sequences `kept`; their `sequence_index` counts within the whole rollout."""
-    if not kept:
-        return []
-    batches = pack(
+    batches = pack_chosen(
         rollout.prompt_ids,
-        [rollout.completions[i].token_ids for i in kept],
-        prompt_of=[rollout.prompt_of[i] for i in kept],
+        [completion.token_ids for completion in rollout.completions],
+        kept,
+        prompt_of=rollout.prompt_of,
         token_budget=token_budget,
         share_prefix=policy.packed,
     )
-    positions = torch.tensor(kept)
-    return [
-        replace(batch, sequence_index=positions[batch.sequence_index]).to(policy.device) for batch in batches
-    ]
+    return [batch.to(policy.device) for batch in batches]
 
 
 def step_normalizer(rollout: Rollout, sequences: list[int], loss: LossConfig, config: TrainConfig) -> float:

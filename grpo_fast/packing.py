@@ -105,6 +105,31 @@ def pack(
     return [_layout(prompts, completions, owner, sizes, row, keep_last) for row in rows]
 
 
+def pack_chosen(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    chosen: Sequence[int],
+    *,
+    prompt_of: Sequence[int],
+    token_budget: int,
+    share_prefix: bool = True,
+    together: Sequence[int] | None = None,
+) -> list[PackedBatch]:
+    """`pack` for some of the completions; `sequence_index` counts among all of them."""
+    if not chosen:
+        return []
+    batches = pack(
+        prompts,
+        [completions[i] for i in chosen],
+        prompt_of=[prompt_of[i] for i in chosen],
+        token_budget=token_budget,
+        share_prefix=share_prefix,
+        together=None if together is None else [together[i] for i in chosen],
+    )
+    places = torch.tensor(list(chosen))
+    return [replace(batch, sequence_index=places[batch.sequence_index]) for batch in batches]
+
+
 def _check(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],

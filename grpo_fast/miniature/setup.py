@@ -49,21 +49,25 @@ def prepare(config: TrainConfig, inputs: Inputs, run: Run) -> Task:
     `quality.json`, its held-out quality (left out where `reward.model` is given). Each is written once its training is
     complete.
     """
-    device = resolve_device(config)
     start, reward_folder = run.path / "start", run.path / "reward_model"
     if not (start / "config.json").is_file():
         with run.phase_timer("warm_start"):
-            warm_start(config.miniature, config.seed, device, run).save(start)
-    report = None
-    saved = inputs.reward_models
+            warm_start(config.miniature, config.seed, resolve_device(config), run).save(start)
+    if not inputs.reward_models and not (reward_folder / "quality.json").is_file():
+        with run.phase_timer("reward_model"):
+            trained, report = train_reward_model(config, start, run)
+            trained.save(reward_folder)
+            write_atomically(reward_folder / "quality.json", json.dumps(report, indent=2))
+    return assemble(config, inputs, run.path)
+
+
+def assemble(config: TrainConfig, inputs: Inputs, folder: Path) -> Task:
+    """The task of a folder in which `prepare` has left both models."""
+    device, start = resolve_device(config), folder / "start"
+    report, saved = None, inputs.reward_models
     if not saved:
-        if not (reward_folder / "quality.json").is_file():
-            with run.phase_timer("reward_model"):
-                trained, report = train_reward_model(config, start, run)
-                trained.save(reward_folder)
-                write_atomically(reward_folder / "quality.json", json.dumps(report, indent=2))
-        report = _saved_quality(reward_folder / "quality.json")
-        saved = [SavedRewardModel.read(reward_folder)]
+        report = _saved_quality(folder / "reward_model" / "quality.json")
+        saved = [SavedRewardModel.read(folder / "reward_model")]
     policy = Policy.load(
         start,
         dtype=resolve_dtype(config, device),

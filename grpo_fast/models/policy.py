@@ -290,7 +290,7 @@ class Policy(nn.Module):
             normalizer=normalizer,
             temperature=temperature,
             backend=backend,
-            **self._head(),
+            **self.head(),
         )
         return loss, metrics
 
@@ -309,15 +309,16 @@ class Policy(nn.Module):
             )
         with self.adapter_off() if reference else nullcontext():
             return linear_logprob(
-                self.hidden_states(batch), targets=batch.targets, temperature=temperature, **self._head()
+                self.hidden_states(batch), targets=batch.targets, temperature=temperature, **self.head()
             )
 
     def sft_loss(self, batch: PackedBatch, normalizer: float | Tensor) -> Tensor:
         """Cross entropy of the completion tokens, summed and divided by `normalizer` (tokens of the step)."""
-        logprobs, _ = linear_logprob(self.hidden_states(batch), targets=batch.targets, **self._head())
+        logprobs, _ = linear_logprob(self.hidden_states(batch), targets=batch.targets, **self.head())
         return -logprobs.sum() / normalizer
 
-    def _head(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
+        """The head's weight, bias, softcap and logit scale: keyword arguments of the operations on hidden states."""
         head = head_of(self.model)
         return {
             "weight": head.weight,
