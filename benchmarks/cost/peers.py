@@ -1,0 +1,163 @@
+"""The baselines of `benchmarks.cost` against a peer's trainer of the same algorithm, so that neither is a straw man.
+
+    python -m venv DPO && DPO/bin/pip install -c constraints.txt torch && DPO/bin/pip install trl==1.16.0
+    python -m venv PPO && PPO/bin/pip install -c constraints.txt torch && PPO/bin/pip install trl==1.12.0
+    python -m benchmarks.cost.peers --dpo-python DPO/bin/python --ppo-python PPO/bin/python
+
+DPO is held against TRL's current trainer, PPO against TRL 1.12.0, the last release that ships one
+(`trl.experimental.ppo`; 1.13.0 has none). Each peer runs in a Python of its own, from the same weights on the same data
+with the same hyper-parameters; the trained policies are then examined by the same code. Writes JSON, prints a table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+
+from benchmarks.cost.cell import is_prepared
+from benchmarks.cost.duels import LIMITS, Duel, dpo_duel, ppo_duel, settings_of
+from benchmarks.loss_head import commit, device_name, versions
+from grpo_fast.errors import UserError
+from grpo_fast.run.command import Parser, prepare_libraries, run_command
+from grpo_fast.run.metrics import write_atomically
+
+DUELS: dict[str, Callable[..., dict[str, Any]]] = {"dpo": dpo_duel, "ppo": ppo_duel}
+COLUMNS = {
+    "mean": "judge's mean",
+    "worst": "worst objective",
+    "over_refusal": "over-refusal",
+    "kl": "KL, nats",
+    "length": "tokens",
+    "pair_accuracy": "pairs right",
+    "pair_loss": "pair loss",
+    "seconds": "seconds",
+    "cpu_s": "of a core",
+}
+
+
+def main(argv: Sequence[str] | None = None, duel: Duel | None = None) -> int:
+    """The command line: train both sides of every duel, write the record, print the table."""
+    parser = Parser(prog="python -m benchmarks.cost.peers", description=(__doc__ or "").splitlines()[0])
+    for name in DUELS:
+        parser.add_argument(
+            f"--{name}-python", default="", help=f"Python of an environment with TRL's {name.upper()}"
+        )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
+    parser.add_argument(
+        "--models", type=Path, help="folder with start/ and reward_model/; default: trained in --folder"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/cost-peers"), help="where the files go")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cost-peers-cpu.json"))
+    args = parser.parse_args(argv)
+    pythons = {name: getattr(args, f"{name}_python") for name in DUELS}
+    prepare_libraries(args.threads)
+    models = args.models or args.folder / "world"
+    if args.models and not is_prepared(models):
+        raise UserError(
+            f"--models {models}: needs start/ and reward_model/, as a run of grpo_fast.train leaves them"
+        )
+    if not is_prepared(models):
+        _train_models(models)
+    record = measure(models, args.folder, duel or Duel(), pythons, args.seeds, args.threads)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output, json.dumps(record, indent=1) + "\n")
+    print(table(record))
+    return 0
+
+
+def measure(
+    models: Path, folder: Path, duel: Duel, pythons: dict[str, str], seeds: Sequence[int], threads: int
+) -> dict[str, Any]:
+    """The record: every duel with every seed, the two sides beginning by turns."""
+    started = time.perf_counter()
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in DUELS}
+    for turn, seed in enumerate(seeds):
+        for name, fight in DUELS.items():
+            print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+            place = folder / f"{name}-{seed}"
+            found = fight(models, place, duel, seed, pythons[name], threads, ours_first=turn % 2 == 0)
+            runs[name].append(found)
+    return {
+        "benchmark": "cost-peers",
+        "device": device_name("cpu"),
+        "threads": threads,
+        "commit": commit(),
+        "versions": {"torch": torch.__version__, **versions()},
+        "settings": settings_of(duel),
+        "limits": LIMITS,
+        "duels": {name: {"runs": found, "verdict": verdict(found)} for name, found in runs.items()},
+        "wall_s": time.perf_counter() - started,
+    }
+
+
+def verdict(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether ours reaches the peer: differences of the judge's mean, ours - theirs, seed by seed.
+
+    `ci95` is Student's interval of the mean difference over the seeds. `says`: "above" or "below" where the interval
+    leaves 0 out, "level" where it does not, "one seed" where there is no interval, else why nothing was measured.
+    """
+    both = [run for run in runs if all(run[side]["status"] == "finished" for side in ("ours", "trl"))]
+    if not both:
+        return {"says": runs[0]["trl"]["status"], "why": runs[0]["trl"].get("why")}
+    differences = [run["ours"]["mean"] - run["trl"]["mean"] for run in both]
+    found = {"difference": mean(differences), "seeds": len(both)}
+    if len(both) < 2:
+        return found | {"ci95": None, "says": "one seed"}
+    half = float(student.ppf(0.975, len(both) - 1)) * stdev(differences) / math.sqrt(len(both))
+    low, high = found["difference"] - half, found["difference"] + half
+    return found | {"ci95": [low, high], "says": "above" if low > 0 else "below" if high < 0 else "level"}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: what each side came to, means over the seeds, and the verdicts under it."""
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|" + "---|" * (len(COLUMNS) + 1)]
+    verdicts = []
+    for name, duel in record["duels"].items():
+        for side in ("start", "ours", "trl"):
+            done = [run[side] for run in duel["runs"] if run[side].get("status", "finished") == "finished"]
+            cells = [_mean_of([run[c] for run in done if c in run]) for c in COLUMNS]
+            lines.append(f"| {name.upper()}, {_title(side, duel['runs'])} | {' | '.join(cells)} |")
+        verdicts.append(f"{name.upper()}: {_sentence(duel['verdict'])}")
+    return "\n".join([*lines, "", *verdicts])
+
+
+def _title(side: str, runs: Sequence[dict[str, Any]]) -> str:
+    if side != "trl":
+        return {"start": "the start policy", "ours": "ours"}[side]
+    release = runs[0]["trl"].get("versions", {}).get("trl", "")
+    return f"TRL {release}".strip()
+
+
+def _mean_of(values: Sequence[float]) -> str:
+    return f"{mean(values):.3f}" if values else "–"
+
+
+def _sentence(found: dict[str, Any]) -> str:
+    if "difference" not in found:
+        return f"{found['says']} ({found['why']})"
+    interval = found["ci95"]
+    shown = f", 95% [{interval[0]:+.3f}, {interval[1]:+.3f}] over {found['seeds']} seeds" if interval else ""
+    return f"ours - TRL's {found['difference']:+.3f}{shown}: {found['says']}"
+
+
+def _train_models(folder: Path) -> None:
+    """The miniature's start policy and reward model of seed 0."""
+    flags = ["--name", folder.name, "--output-dir", str(folder.parent)]
+    flags += ["--seed", "0", "--run.steps", "1", "--data.eval-size", "8"]
+    subprocess.run([sys.executable, "-m", "grpo_fast.train", *flags], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,204 @@
+"""What peers are given is what our own side has, and a peer that is missing or fails is in the record."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import reward_model
+from transformers import AutoModelForSequenceClassification, Qwen2ForCausalLM
+
+from benchmarks.baselines import dpo
+from benchmarks.baselines.dpo import DPO
+from benchmarks.baselines.ppo import PPO
+from benchmarks.cost import handover, peers
+from benchmarks.cost.duels import Duel, dpo_duel, token_pairs
+from benchmarks.cost.handover import TokenPair, read_pairs, run_peer, with_one_output, write_pairs
+from grpo_fast.config.settings import MiniatureWorld
+from grpo_fast.errors import UserError
+from grpo_fast.miniature import setup
+from grpo_fast.miniature.setup import tiny_config
+from grpo_fast.miniature.tokenizer import build_tokenizer
+from grpo_fast.miniature.world import OBJECTIVES
+from grpo_fast.models.policy import Policy
+from grpo_fast.models.reward_data import Head, Layout
+from grpo_fast.models.reward_model import RewardModel
+
+HEADS = [
+    Head(name="polite", mean=0.4, std=0.3),
+    Head(name="useful", mean=-1.0, std=2.5),
+    Head(name="liked", kind="pairwise"),
+]
+PROMPTS = ["How do I wash a cup?", "hi", "How do I wash a cup?"]
+REPLIES = ["First, get water.", "", "no"]
+SMALL = Duel(
+    ppo=PPO(standardize=False, epochs=1),
+    ppo_steps=2,
+    dpo=DPO(prompts=6, samples=2, pairs=4),
+    dpo_epochs=2,
+    heldout_pairs=4,
+    prompts_per_step=2,
+    group_size=2,
+    max_new_tokens=8,
+    eval_size=6,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_prompts():
+    """Every side loads its task anew, and thousands of prompts take longer to read than these duels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "TRAINING_PROMPTS", 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A world's two models, untrained."""
+    folder, tokenizer = tmp_path_factory.mktemp("world"), build_tokenizer()
+    torch.manual_seed(0)
+    shape = tiny_config(MiniatureWorld(hidden=32, layers=1, heads=2), tokenizer)
+    Policy.from_model(Qwen2ForCausalLM(shape), tokenizer).save(folder / "start")
+    layout = Layout(heads=tuple(Head(name=name) for name in OBJECTIVES))
+    RewardModel.from_backbone(folder / "start", layout).save(folder / "reward_model")
+    (folder / "reward_model" / "quality.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory) -> dict:
+    """The record of a machine that has no peer."""
+    folder = tmp_path_factory.mktemp("duels")
+    flags = ["--seeds", "5", "--threads", "1", "--models", str(models), "--folder", str(folder)]
+    assert peers.main([*flags, "--output", str(folder / "record.json")], duel=SMALL) == 0
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_missing_peers_are_in_the_record_as_not_measured(alone):
+    assert alone["benchmark"] == "cost-peers" and alone["commit"] and alone["settings"]["ppo_steps"] == 2
+    for found in alone["duels"].values():
+        assert [run["seed"] for run in found["runs"]] == [5]
+        for run in found["runs"]:
+            assert run["trl"]["status"] == "not measured" and "mean" not in run["trl"]
+            assert run["ours"]["status"] == "finished" and run["ours"]["seconds"] > 0
+            assert run["start"]["kl"] == pytest.approx(0, abs=1e-4)
+            assert run["ours"]["kl"] != run["start"]["kl"], "nothing was trained"
+        assert found["verdict"]["says"] == "not measured"
+    shown = peers.table(alone)
+    assert "DPO: not measured" in shown and "PPO: not measured" in shown and "| PPO, ours |" in shown
+
+
+def test_pairs_are_learned_and_what_was_not_trained_is_undecided(alone):
+    for run in alone["duels"]["dpo"]["runs"]:
+        assert run["start"]["pair_accuracy"] == 0.5
+        assert run["start"]["pair_loss"] == pytest.approx(0.6931, abs=1e-4)
+        assert (
+            0 <= run["ours"]["pair_accuracy"] <= 1 and run["ours"]["pair_loss"] != run["start"]["pair_loss"]
+        )
+
+
+def test_our_dpo_trains_on_the_pairs_that_the_peer_is_given(models, tmp_path, monkeypatch):
+    drawn, sample = [], dpo.new_pairs
+
+    def watched(*args):
+        drawn.append(sample(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(dpo, "new_pairs", watched)
+    dpo_duel(models, tmp_path, SMALL, 3, "", 1, ours_first=True)
+    (trained_on,) = drawn
+    assert token_pairs(trained_on) == read_pairs(tmp_path / "pairs.jsonl")
+
+
+def test_pairs_come_back_from_their_file(tmp_path):
+    pairs = [
+        TokenPair(prompt_ids=[1, 2], chosen_ids=[3], rejected_ids=[4, 5]),
+        TokenPair(prompt_ids=[7], chosen_ids=[], rejected_ids=[8]),
+    ]
+    write_pairs(pairs, tmp_path / "pairs.jsonl")
+    assert read_pairs(tmp_path / "pairs.jsonl") == pairs
+
+
+@torch.no_grad()
+def test_one_output_stands_for_the_weighted_heads(tmp_path):
+    model, weights = reward_model(HEADS), torch.tensor([1.0, -0.5, 2.0])
+    single, constant = with_one_output(model, weights)
+    single.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    encoded = model.encode(PROMPTS, REPLIES)
+    rows = [
+        encoded.prompt_ids[p] + ids for p, ids in zip(encoded.prompt_of, encoded.completion_ids, strict=True)
+    ]
+    found = torch.stack([loaded(input_ids=torch.tensor([row])).logits[0, 0] for row in rows]) + constant
+    wanted = model.scores(PROMPTS, REPLIES) @ weights
+    assert (wanted - wanted.mean()).abs().max() > 0.01, "all replies score alike"
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(heads=(HEADS[0], Head(name="safe", kind="binary"))), Layout(heads=(HEADS[0],), members=2)],
+)
+def test_heads_that_no_single_output_can_stand_for_are_refused(layout):
+    with pytest.raises(UserError, match="one output cannot stand for it"):
+        with_one_output(reward_model(layout), torch.ones(len(layout.heads)))
+
+
+def test_a_peer_that_fails_is_recorded_with_its_last_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(handover, "PEERS", tmp_path)
+    (tmp_path / "breaks.py").write_text('print(\'{"versions": 1}\')\nraise ValueError("no such thing")')
+    (tmp_path / "works.py").write_text("import sys\nprint(sys.argv[1])\nprint('{\"seconds\": 2.5}')")
+    broken = run_peer(sys.executable, "breaks.py", {}, threads=1)
+    assert broken == {"status": "failed", "why": "ValueError: no such thing", "versions": 1}
+    assert run_peer(sys.executable, "works.py", {"seed": 7}, threads=1) == {
+        "status": "finished",
+        "seed": 7,
+        "seconds": 2.5,
+    }
+    absent = run_peer(str(tmp_path / "python"), "works.py", {}, threads=1)
+    assert absent["status"] == "failed" and "No such file" in absent["why"]
+
+
+def test_nothing_but_answers_reaches_a_peers_standard_output():
+    code = (
+        "from benchmarks.peers.answers import answer, check_tokens\n"
+        "class Tokenizer:\n    def encode(self, text, add_special_tokens): return [len(text)]\n"
+        "print('noise')\ncheck_tokens(Tokenizer(), 'abc', [3])\nanswer({'fine': True})\n"
+        "check_tokens(Tokenizer(), 'abc', [4])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout == '{"fine": true}\n'
+    assert done.returncode == 1 and "'abc' became [3], not [4]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        ([0.60, 0.62, 0.61], [0.50, 0.51, 0.52], "above"),
+        ([0.50, 0.51, 0.52], [0.60, 0.62, 0.61], "below"),
+        ([0.50, 0.62, 0.55], [0.52, 0.58, 0.56], "level"),
+        ([0.60], [0.50], "one seed"),
+    ],
+)
+def test_the_verdict_is_the_interval_of_the_differences(ours, theirs, says):
+    runs = [
+        {"ours": {"status": "finished", "mean": a}, "trl": {"status": "finished", "mean": b}}
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    unfinished = {"ours": {"status": "finished", "mean": 9.0}, "trl": {"status": "failed", "why": "x"}}
+    found = peers.verdict([*runs, unfinished])
+    assert found["says"] == says and found["seeds"] == len(ours)
+    assert found["difference"] == pytest.approx(sum(ours) / len(ours) - sum(theirs) / len(theirs))
+    if found["ci95"]:
+        low, high = found["ci95"]
+        assert low < found["difference"] < high
+    assert peers.verdict([unfinished]) == {"says": "failed", "why": "x"}
+
+
+def test_models_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match="needs start/ and reward_model/"):
+        peers.main(["--models", str(tmp_path)])
