@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,10 @@ from grpo_fast.task import Task
 LIMITS = (
     "TRL's PPO clips no gradients, so ours does not either here; DPO clips at 1 on both sides",
     "TRL's PPO gives the score one token after the end token, ours at the end token",
+    "TRL scores a completion that was cut off as it is, ours with an end token behind it",
     "prompts and pairs are the same, but each side draws its own order and its own random numbers",
-    "no warm-up on either side: theirs begins at a learning rate of 0, ours at a fifth",
+    "no warm-up on either side, since the first step of theirs would have a learning rate of 0",
+    "PPO's reward is the plain sum of the heads' scores on both sides, DPO's pairs are those of the baseline",
 )
 AGREEMENT_LIMIT = 1e-4
 """Largest relative deviation between our loss and gradients of one batch of pairs and TRL's (float32)."""
@@ -49,15 +51,23 @@ class Duel:
     """How much is trained, and with what."""
 
     ppo: PPO = field(default_factory=lambda: PPO(lr=5e-4, value_lr=1e-3, standardize=False))
+    """PPO's settings; a peer's reward model cannot be standardised batch by batch"""
     ppo_steps: int = 20
+    """Batches of completions"""
     dpo: DPO = field(default_factory=lambda: DPO(lr=5e-4, prompts=384))
+    """DPO's settings"""
     dpo_epochs: int = 2
+    """Passes over the pairs"""
     heldout_pairs: int = 256
+    """Held-out prompts of which the start policy samples pairs, to measure the fit on"""
     prompts_per_step: int = 8
     """Times `group_size`: the completions of a step of PPO"""
     group_size: int = 8
+    """See there"""
     max_new_tokens: int = 64
+    """Longest completion"""
     eval_size: int = 256
+    """Held-out prompts each policy is examined on"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,11 +302,6 @@ def _fit(lab: Lab, pairs: Pairs, beta: float) -> dict[str, float]:
         "pair_loss": -F.logsigmoid(margins).mean().item(),
         "pair_accuracy": (0.5 + 0.5 * margins.sign()).double().mean().item(),
     }
-
-
-def settings_of(duel: Duel) -> dict[str, Any]:
-    """The duel's numbers for the record."""
-    return asdict(duel)
 
 
 def _tell(line: str) -> None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from scipy.stats import t as student
 
 from benchmarks.cost.cell import is_prepared
-from benchmarks.cost.duels import LIMITS, Duel, dpo_duel, ppo_duel, settings_of
+from benchmarks.cost.duels import LIMITS, Duel, dpo_duel, ppo_duel
 from benchmarks.loss_head import commit, device_name, versions
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
@@ -95,7 +96,7 @@ def measure(
         "threads": threads,
         "commit": commit(),
         "versions": {"torch": torch.__version__, **versions()},
-        "settings": settings_of(duel),
+        "settings": asdict(duel),
         "limits": LIMITS,
         "duels": {name: {"runs": found, "verdict": verdict(found)} for name, found in runs.items()},
         "wall_s": time.perf_counter() - started,
