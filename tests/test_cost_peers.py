@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import reward_model
-from transformers import AutoModelForSequenceClassification, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2ForCausalLM
 
 from benchmarks.baselines import dpo
 from benchmarks.baselines.dpo import DPO
 from benchmarks.baselines.ppo import PPO
-from benchmarks.cost import handover, peers
-from benchmarks.cost.duels import Duel, dpo_duel, token_pairs
+from benchmarks.cost import duels, handover, peers
+from benchmarks.cost.duels import Duel, Ring, dpo_duel, token_pairs
 from benchmarks.cost.handover import TokenPair, read_pairs, run_peer, with_one_output, write_pairs
 from grpo_fast.config.settings import MiniatureWorld
 from grpo_fast.errors import UserError
@@ -110,6 +110,36 @@ def test_our_dpo_trains_on_the_pairs_that_the_peer_is_given(models, tmp_path, mo
     dpo_duel(models, tmp_path, SMALL, 3, "", 1, ours_first=True)
     (trained_on,) = drawn
     assert token_pairs(trained_on) == read_pairs(tmp_path / "pairs.jsonl")
+
+
+def plain_peer(python: str, script: str, spec: dict, *, threads: int) -> dict:
+    """Stands in for TRL: the loss of SPEC["batch"] from whole logits, one sequence after the other."""
+    model, reference = (AutoModelForCausalLM.from_pretrained(spec[name]) for name in ("folder", "reference"))
+
+    def gain(prompt: list[int], reply: list[int]) -> torch.Tensor:
+        row = torch.tensor([prompt + reply])
+        after = [m(row).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (model, reference)]
+        own, then = (x.gather(1, torch.tensor(reply)[:, None]).sum() for x in after)
+        return own - then.detach()
+
+    pairs = read_pairs(Path(spec["batch"]))
+    margins = [gain(p.prompt_ids, p.chosen_ids) - gain(p.prompt_ids, p.rejected_ids) for p in pairs]
+    loss = -torch.nn.functional.logsigmoid(spec["beta"] * torch.stack(margins)).mean()
+    loss.backward()
+    torch.save({name: w.grad for name, w in model.named_parameters()}, f"{spec['batch']}.trl")
+    return {"status": "finished", "loss": loss.item()}
+
+
+def test_our_dpo_has_the_loss_and_gradients_of_whole_logits(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(duels, "run_peer", plain_peer)
+    monkeypatch.setattr(duels, "AGREEMENT_PAIRS", 4)
+    ring = Ring.of(models, tmp_path, SMALL, 1, clip_gradients=True)
+    pairs = duels.sampled_pairs(ring.lab(), SMALL.dpo)
+    spec = {"reference": str(models / "start"), "beta": SMALL.dpo.beta}
+    found = duels.agreement(ring, pairs, SMALL.dpo, spec, "python")
+    assert found["pairs"] == 4 and abs(found["our_loss"] - 0.6931) > 1e-4, "the policy has not moved"
+    with pytest.raises(AssertionError, match="our DPO differs"):
+        duels.agreement(ring, pairs, SMALL.dpo, spec | {"beta": 2 * SMALL.dpo.beta}, "python")
 
 
 def test_pairs_come_back_from_their_file(tmp_path):

@@ -123,7 +123,7 @@ def dpo_duel(
     """Both sides on the pairs that our offline DPO samples from the start policy and ranks by the reward model."""
     ring = Ring.of(models, folder, duel, seed, clip_gradients=True)
     settings, task = duel.dpo, ring.task()
-    pairs = _pairs(ring.lab(task=task), settings)
+    pairs = sampled_pairs(ring.lab(task=task), settings)
     steps = duel.dpo_epochs * math.ceil(len(pairs) / settings.pairs)
     write_pairs(token_pairs(pairs), folder / "pairs.jsonl")
 
@@ -135,7 +135,7 @@ def dpo_duel(
         return run_peer(python, "trl_dpo.py", _dpo_spec(ring, task, settings, duel), threads=threads)
 
     sides = _in_turn(ours, theirs, ours_first)
-    heldout = _pairs(
+    heldout = sampled_pairs(
         ring.lab(task=replace(task, prompts=task.heldout)), replace(settings, prompts=duel.heldout_pairs)
     )
 
@@ -183,6 +183,11 @@ def ppo_duel(
 
     sides = _in_turn(ours, theirs, ours_first)
     return _examined(ring, task, sides) | {"completions": len(taken), "steps": duel.ppo_steps}
+
+
+def sampled_pairs(lab: Lab, settings: DPO) -> Pairs:
+    """What the baseline's first round samples and ranks in this lab."""
+    return new_pairs(lab, settings, PromptQueue(len(lab.task.prompts), lab.config.seed), Reference(lab), 0)
 
 
 def token_pairs(pairs: Pairs) -> list[TokenPair]:
@@ -241,10 +246,6 @@ def _dpo_spec(ring: Ring, task: Task, settings: DPO, duel: Duel) -> dict[str, An
         "pairs_per_step": settings.pairs,
         "max_grad_norm": ring.config.optim.max_grad_norm,
     }
-
-
-def _pairs(lab: Lab, settings: DPO) -> Pairs:
-    return new_pairs(lab, settings, PromptQueue(len(lab.task.prompts), lab.config.seed), Reference(lab), 0)
 
 
 def _ours(
