@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
-from benchmarks.cost.cell import is_prepared
+from benchmarks.cost.cell import Job, inputs_of, is_prepared, prepare_seed
 from benchmarks.cost.duels import LIMITS, Duel, dpo_duel, ppo_duel
 from benchmarks.loss_head import commit, device_name, versions
 from grpo_fast.errors import UserError
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None, duel: Duel | None = None) -> int:
             f"--models {models}: needs start/ and reward_model/, as a run of grpo_fast.train leaves them"
         )
     if not is_prepared(models):
-        _train_models(models)
+        _train_models(models, args.threads)
     record = measure(models, args.folder, duel or Duel(), pythons, args.seeds, args.threads)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, json.dumps(record, indent=1) + "\n")
@@ -153,11 +153,13 @@ def _sentence(found: dict[str, Any]) -> str:
     return f"ours - TRL's {found['difference']:+.3f}{shown}: {found['says']}"
 
 
-def _train_models(folder: Path) -> None:
+def _train_models(folder: Path, threads: int) -> None:
     """The miniature's start policy and reward model of seed 0."""
-    flags = ["--name", folder.name, "--output-dir", str(folder.parent)]
-    flags += ["--seed", "0", "--run.steps", "1", "--data.eval-size", "8"]
-    subprocess.run([sys.executable, "-m", "grpo_fast.train", *flags], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = ["--device", "cpu"]
+    job = Job(algorithm="", seed=0, choice={}, flags=flags, budget={}, folder=str(folder), threads=threads)
+    config = job.config()
+    prepare_seed(job, config, inputs_of(config))
 
 
 if __name__ == "__main__":
