@@ -30,6 +30,7 @@ bench: $(VENV)/.ready-dev
 	for mode in trained frozen forward; do $(BIN)/python -m benchmarks.loss_head --mode $$mode \
 		--output benchmarks/results/loss-head-cpu-$$mode.json $(ARGS) || exit 1; done
 	$(BIN)/python -m benchmarks.step $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+	$(BIN)/python -m benchmarks.history
 
 gpu-test:
 	$(GPU_ENV) $(GPU_PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)

@@ -29,6 +29,7 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import loss_head
+from benchmarks.page import command_line, page_of
 from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.models.compiled import CompiledLayers
 from grpo_fast.models.liger import apply_liger
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+        page_of(Path(args.output), command=command_line())
     ratios = {name: shape["eager_over"] for name, shape in record["shapes"].items()}
     print(json.dumps({"device": record["device"], "dtype": args.dtype, "eager_over": ratios}))
     agree = (row["agrees"] for shape in record["shapes"].values() for row in shape["contenders"].values())

@@ -17,6 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.page import pages_of
+
 OURS = ("torch", "triton", "fused")
 COLOURS = {"torch": "#1f6f8b", "triton": "#1f6f8b", "fused": "#2a9d8f", "products": "#b8b8b8"}
 MODES = {"trained": "trained head", "frozen": "frozen head", "forward": "forward only"}
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = folder / f"loss-head-{'-'.join(device.lower().split())}-{dtype}.png"
         draw(group, f"Loss head, {dtype}, {device}", path)
         print(f"\n{path}", file=sys.stderr)
+    pages_of(folder, "loss_head")
     return 0
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import CONTENDERS, Problem, Run, truth
+from benchmarks.page import command_line, page_of
 from grpo_fast.run.allocator import keep_freed_memory
 
 PRODUCTS = {"trained": 3, "frozen": 2, "forward": 1}
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+        page_of(Path(args.output), command=command_line())
     print(
         json.dumps(
             {key: record[key] for key in ("device", "shape", "mode", "median_s", "extra_mib", "ratios")}
@@ -171,7 +173,7 @@ def _extra_bytes(run: Run, device: str) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
     before = _held(device)
     found = run()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
     del found
     return max(0, peak - before)
 
@@ -188,10 +190,11 @@ def _seconds(run: Run, device: str) -> float:
 
 
 def _held(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
+    return torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
 
 
-def _status(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of a line of this process's status: `VmRSS` now, `VmHWM` at the most. OSError where it has none."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.loss_head import commit, device_name
 from benchmarks.memory_cases import CASES, Case, built, planned
+from benchmarks.page import command_line, page_of
 from grpo_fast.engines.base import Sampling
 from grpo_fast.grpo import update
 from grpo_fast.memory.device import available_bytes
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         write(record, Path(args.output))
         draw(record, Path(args.output).with_suffix(".png"))
+        page_of(Path(args.output), command=command_line())
     return 0 if inside == len(rows) else 1
 
 

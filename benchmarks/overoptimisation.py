@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.page import command_line, page_of
 from grpo_fast.miniature import world
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import read_rows, read_summary, write_atomically
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_atomically(args.output, json.dumps(record, indent=1))
     plot(record, args.output.with_suffix(".png"))
+    page_of(args.output, command=command_line())
     for run in runs:
         caught, held = run["mean"], run["lower_bound"]
         print(

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.page import command_line, page_of
 from grpo_fast.config.settings import MiniatureWorld
 from grpo_fast.data.rated import Comparison, RatedExample
 from grpo_fast.miniature import world
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     output = args.output or Path("benchmarks/results") / f"reward-model-{args.what}-cpu.json"
     write_atomically(output, json.dumps(record, indent=1))
+    page_of(output, command=command_line())
     print(json.dumps({key: value for key, value in record.items() if key != "samples_s"}))
     return 0
 

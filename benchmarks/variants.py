@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.page import command_line, page_of
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import read_rows, read_summary, write_atomically
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.output or Path("benchmarks/results") / f"{args.suite}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(record, indent=1))
+    page_of(output, command=command_line())
     print(table(record))
     return 0
 

@@ -24,11 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from benchmarks.cost.algorithms import ALGORITHMS
 from benchmarks.cost.cell import Job, inputs_of, is_prepared
 from benchmarks.cost.ledger import Budget
+from benchmarks.cost.page import report
 from benchmarks.cost.sweep import run_all
+from benchmarks.cost.tables import terminal
 from benchmarks.loss_head import commit, device_name, versions
 from grpo_fast.config.resolve import resolve_device
 from grpo_fast.errors import UserError
@@ -40,6 +43,8 @@ SEARCH_SEED = 100
 """Its runs choose the settings and count no further."""
 WHOLE = Budget(wall_s=40, generated_tokens=150_000, training_flops=800_000_000_000)
 QUICK = Budget(wall_s=8, generated_tokens=30_000, training_flops=160_000_000_000, evaluations=4)
+QUICK_CHOICES = {"dpo": {"prompts": 96}}
+"""What does not fit into the small budget otherwise: all pairs of offline DPO are made before its first step."""
 SMALL = "--miniature.labelled 4000 --miniature.demonstrations 4000 --miniature.reward-epochs 2"
 
 
@@ -62,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = json.loads(args.choices.read_text())["algorithms"]
         choices |= {name: known[name]["choice"] for name in args.algorithms if name in known}
         source = f"those of {args.choices}"
+    if args.quick:
+        choices = {name: {**choice, **QUICK_CHOICES.get(name, {})} for name, choice in choices.items()}
     jobs = {
         args.folder / "cells" / f"{name}-{seed}.json": job_of(args, name, seed, budget, choices[name])
         for seed in args.seeds
@@ -70,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_all(jobs, parallel=args.jobs, tell=tell)
     cells = [json.loads(path.read_text()) for path in jobs]
     record = record_of(args, budget, cells, search, choices, source) | {"wall_s": time.monotonic() - began}
-    output = args.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+    record = finite(record)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    Console().print(terminal(record))
+    print(f"record: {args.output}  report: {report(record, args.folder, args.output)}")
     return 1 if any(cell["status"] == "failed" for cell in cells) else 0
 
 

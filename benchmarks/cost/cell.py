@@ -136,10 +136,12 @@ def attempt(train: Callable[[], None], examiner: Examiner) -> tuple[str, str | N
     """Status of a run, and why it is not `finished`: a run that diverges is a result like any other."""
     try:
         train()
-    except Diverged as error:
+    except (Diverged, FloatingPointError) as error:
         return "diverged", str(error)
     except (UserError, torch.OutOfMemoryError) as error:
-        return "failed", " ".join(str(error).split())
+        # the guard around the engine says in its own words that the weights are no longer finite
+        status = "diverged" if isinstance(error.__cause__, FloatingPointError) else "failed"
+        return status, " ".join(str(error).split())
     if examiner.worse():
         return "diverged", "worse than the start policy, by more than three standard errors"
     return "finished", None

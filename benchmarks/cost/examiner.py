@@ -29,6 +29,7 @@ class Examiner:
         self.gains: Tensor | None = None
         """(n) what each held-out prompt's quality has gained since the first time"""
         self._before: Tensor | None = None
+        self._version = 1 << 40  # of the weights: none that a step has
 
     def __call__(self) -> dict[str, Any]:
         """The entries of the curve that say how good the policy is, as it is now.
@@ -40,7 +41,8 @@ class Examiner:
         """
         task, config = self._task, self._config
         was_training = task.policy.training
-        self._engine.push(task.policy.named_weights(), 0)
+        self._version += 1
+        self._engine.push(task.policy.named_weights(), self._version)
         asked = [prompt.token_ids for prompt in task.heldout]
         completions = self._engine.generate(asked, 1, task.sampling, config.seed << 32)
         texts = [task.decode(completion.token_ids) for completion in completions]

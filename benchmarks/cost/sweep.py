@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.cost.cell import Job
+from benchmarks.loss_head import commit, device_name
 from grpo_fast.errors import UserError
 from grpo_fast.run.metrics import write_atomically
 
@@ -114,6 +117,8 @@ def failed_cell(job: Job, why: str) -> dict[str, Any]:
         "settings": job.choice,
         "status": "failed",
         "why": why,
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
+        "commit": commit(),
         "fingerprint": None,
         "memory": None,
         "phase_s": {},

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.page import command_line, page_of
 from benchmarks.step import cpu, timing
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
 from grpo_fast.run.metrics import write_atomically
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             record = header("cpu") | {"clock": args.clock} | measured
             if output:
                 write_atomically(output, json.dumps(record, indent=1) + "\n")
+                page_of(output, command=command_line())
     print(table(record))
     return 0
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.page import page_of
 from benchmarks.step.contenders import Generate, OurStep, Peer, batching, engine_of, random_rollout
 from benchmarks.step.cpu import peer_spec, phases
 from benchmarks.step.timing import medians, take_turns
@@ -135,6 +136,7 @@ def run_cases(folder: Path, names: Sequence[str], seconds: float, peer_python: s
         if code:
             record = json.loads(path.read_text()) if path.exists() else {"benchmark": "step", "case": name}
             write_atomically(path, json.dumps({"error": error} | record, indent=1) + "\n")
+        page_of(path)
         if code:
             failed.append(name)
         print(

@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.page import pages_of
 from benchmarks.step.phases import PHASES
 
 COLOURS = {
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = folder / f"step-{'-'.join(device.lower().split())}.png"
         draw(records, device, path)
         print(path)
+    pages_of(folder, "step")
     return 0
 
 

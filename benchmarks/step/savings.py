@@ -7,25 +7,28 @@ both sides, so only the body's work differs.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from grpo_kernels import LossConfig, linear_grpo_loss
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from benchmarks.step.contenders import OurStep, random_rollout
+from benchmarks.step.passes import (
+    cleared,
+    fused_loss,
+    packed_pass,
+    padded_pass,
+    positions_of,
+    rectangle,
+    same_gradients,
+)
 from benchmarks.step.timing import medians, take_turns
 from benchmarks.step.work import TINY, Shape, Size, config_of, model_of, tokenizer_of
 from grpo_fast.grpo import update
 from grpo_fast.models.policy import Policy
 from grpo_fast.packing import pack
-
-LOSS = LossConfig.preset("grpo", kl_coef=0.0)
-SAME = 1e-4
-"""Largest relative difference between two ways' gradients (float32, as one vector) before they are timed."""
 
 
 def prefix(
@@ -46,8 +49,8 @@ def prefix(
             name: _packed(policy, asked, replies, [0] * group, advantages, share=share)
             for name, share in (("shared", True), ("each its own", False))
         }
-        _same_gradients({name: (policy.model, run) for name, (run, _) in runs.items()})
-        timed = {name: _cleared(policy.model, run) for name, (run, _) in runs.items()}
+        same_gradients({name: (policy.model, run) for name, (run, _) in runs.items()})
+        timed = {name: cleared(policy.model, run) for name, (run, _) in runs.items()}
         samples = take_turns(timed, repeats=repeats, warmup=1)
         # The smallest count: some GiB that the system must find again cost a run several times its work.
         least = {name: min(found) for name, found in samples.items()}
@@ -76,19 +79,11 @@ def _packed(
     advantages: Tensor,
     *,
     share: bool,
-    budget: int = 8192,
 ) -> tuple[Callable[[], None], int]:
     """A forward and backward pass over everything, and how many positions it has."""
-    batches = pack(prompts, completions, prompt_of=owner, token_budget=budget, share_prefix=share)
-
-    def run() -> None:
-        for batch in batches:
-            loss, _ = policy(
-                batch, advantages[batch.sequence_index], LOSS, normalizer=float(len(completions))
-            )
-            loss.backward()
-
-    return run, sum(batch.input_ids.shape[1] for batch in batches)
+    batches = pack(prompts, completions, prompt_of=owner, token_budget=8192, share_prefix=share)
+    run = packed_pass(fused_loss(policy), batches, advantages, float(len(completions)))
+    return run, positions_of(batches)
 
 
 def packing(
@@ -97,8 +92,7 @@ def packing(
     """Log-normal lengths (median 64, sigma 0.8): packed rows against rectangles of several heights.
 
     `in order`: batches as they come, each padded on the right to its longest sequence; `sorted`: batches of neighbours
-    in length, the stronger baseline. No mask is needed or paid for: under causal attention what stands to the right of
-    a sequence does not reach it.
+    in length, the stronger baseline.
     """
     tokenizer = tokenizer_of(shape.vocabulary)
     policy = Policy.from_model(model_of(shape, tokenizer), tokenizer)
@@ -122,12 +116,12 @@ def packing(
         for height in heights:
             parts = [indices[first : first + height] for first in range(0, len(indices), height)]
             name = f"padded {height}, {order}"
-            rectangles = [_rectangle(asked, replies, owner, part) for part in parts]
+            rectangles = [rectangle(asked, replies, owner, part) for part in parts]
             positions[name] = sum(rectangle["ids"].numel() for rectangle in rectangles)
-            runs[name] = _padded(padded_model, rectangles, advantages)
+            runs[name] = padded_pass(padded_model, rectangles, advantages, float(len(owner)))
     owners = {name: padded_model if name.startswith("padded") else policy.model for name in runs}
-    _same_gradients({name: (owners[name], run) for name, run in runs.items()})
-    samples = take_turns({name: _cleared(owners[name], run) for name, run in runs.items()}, repeats=repeats)
+    same_gradients({name: (owners[name], run) for name, run in runs.items()})
+    samples = take_turns({name: cleared(owners[name], run) for name, run in runs.items()}, repeats=repeats)
     median = medians(samples)
     best = {
         order: min(value for name, value in median.items() if name.endswith(order))
@@ -142,48 +136,6 @@ def packing(
         "speedup_over_sorted": best["sorted"] / median["packed"],
         "speedup_with_sharing": best["in order"] / median["packed, prompts shared"],
     }
-
-
-def _rectangle(
-    prompts: list[list[int]], completions: list[list[int]], owner: list[int], chosen: list[int]
-) -> dict[str, Any]:
-    rows = [prompts[owner[i]] + completions[i] for i in chosen]
-    width = max(map(len, rows))
-    index, lengths = [], [0]
-    for line, i in enumerate(chosen):
-        first = line * width + len(prompts[owner[i]]) - 1
-        index.extend(range(first, first + len(completions[i])))
-        lengths.append(lengths[-1] + len(completions[i]))
-    return {
-        "ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
-        "index": torch.tensor(index),
-        "targets": torch.tensor([token for i in chosen for token in completions[i]]),
-        "cu_seqlens": torch.tensor(lengths, dtype=torch.int32),
-        "chosen": torch.tensor(chosen),
-    }
-
-
-def _padded(
-    model: PreTrainedModel, rectangles: list[dict[str, Any]], advantages: Tensor
-) -> Callable[[], None]:
-    base: Any = model.base_model
-    weight: Any = model.get_output_embeddings()
-
-    def run() -> None:
-        for part in rectangles:
-            hidden = base(input_ids=part["ids"], use_cache=False).last_hidden_state
-            loss, _ = linear_grpo_loss(
-                hidden.flatten(0, 1).index_select(0, part["index"]),
-                weight.weight,
-                part["targets"],
-                advantages[part["chosen"]],
-                LOSS,
-                cu_seqlens=part["cu_seqlens"],
-                normalizer=float(len(advantages)),
-            )
-            loss.backward()
-
-    return run
 
 
 def skipping(size: Size, *, repeats: int) -> dict[str, Any]:
@@ -215,33 +167,3 @@ def skipping(size: Size, *, repeats: int) -> dict[str, Any]:
     saved = {share: 1 - median[f"{share:.0%}"] / whole for share in shares}
     slope = sum(share * value for share, value in saved.items()) / sum(share**2 for share in shares)
     return {"samples_s": samples, "median_s": median, "slope": slope}
-
-
-def _gradients(model: torch.nn.Module, run: Callable[[], None]) -> dict[str, Tensor]:
-    """What one call leaves in the parameters, taken out of them."""
-    run()
-    return {
-        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
-
-
-def _same_gradients(runs: Mapping[str, tuple[torch.nn.Module, Callable[[], None]]]) -> None:
-    """Every run computes the first one's gradients, to `SAME`; AssertionError otherwise."""
-    first: dict[str, Tensor] = {}
-    for name, (model, run) in runs.items():
-        found = _gradients(model, run)
-        model.zero_grad()
-        first = first or found
-        off = sum(float((found[key] - g).double().square().sum()) for key, g in first.items())
-        scale = sum(float(g.double().square().sum()) for g in first.values())
-        assert found.keys() == first.keys() and off**0.5 <= SAME * scale**0.5, f"{name}: other gradients"
-
-
-def _cleared(model: torch.nn.Module, run: Callable[[], None]) -> Callable[[], None]:
-    """The call, and its gradients thrown away."""
-
-    def timed() -> None:
-        run()
-        model.zero_grad()
-
-    return timed

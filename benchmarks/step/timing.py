@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
 
 clock: Callable[[], float] = time.perf_counter
@@ -43,3 +44,22 @@ def take_turns(
 def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each contender."""
     return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def ratio_interval(
+    ours: Sequence[float], theirs: Sequence[float], *, paired: bool, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The ratio of the medians, ours over theirs, and the ends of its 95% bootstrap interval.
+
+    `paired`: sample i of both comes from the same round, so rounds are drawn; else each side's samples are drawn for
+    themselves. ValueError where a side has none, or paired sides differ in length.
+    """
+    first, second = numpy.asarray(ours, float), numpy.asarray(theirs, float)
+    if not first.size or not second.size or (paired and first.size != second.size):
+        raise ValueError(f"{first.size} samples against {second.size}{' in pairs' if paired else ''}")
+    draw = numpy.random.default_rng(seed)
+    chosen = draw.integers(first.size, size=(draws, first.size))
+    others = chosen if paired else draw.integers(second.size, size=(draws, second.size))
+    ratios = numpy.median(first[chosen], axis=1) / numpy.median(second[others], axis=1)
+    low, high = numpy.quantile(ratios, (0.025, 0.975))
+    return float(numpy.median(first) / numpy.median(second)), float(low), float(high)

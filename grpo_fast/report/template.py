@@ -11,10 +11,10 @@ from markupsafe import Markup
 from grpo_fast.run.progress import duration, plain_text, si
 
 
-def page_template(name: str) -> Template:
-    """A template of this folder. It escapes every string and takes control characters out of it."""
+def page_template(name: str, *folders: Path) -> Template:
+    """A template of `folders` or of this one. It escapes every string and takes control characters out of it."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,0 +1,1 @@
+"""Which idea pays: one step with one idea removed at a time: `python -m benchmarks.ablations`."""

@@ -1,0 +1,227 @@
+"""What the page of each benchmark's record shows: its title, a paragraph, tables, and the limits of its figures.
+
+A benchmark without a row in `SHOWN` gets every set of medians that its record holds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.page import Table
+
+Record = Mapping[str, Any]
+_NOISE = "Times are of a machine that does other things too; compare within one record, never between two."
+
+
+def shown(record: Record) -> tuple[str, str, list[Table], list[str]]:
+    """(title, what was done, tables, limits) of a record."""
+    name = record.get("benchmark") or record["suite"]
+    if name not in SHOWN:
+        return str(name).replace("_", " "), f"A record of the benchmark {name}.", medians(record), [_NOISE]
+    title, what, tables, notes = SHOWN[name]
+    return title, what, tables(record), list(notes)
+
+
+def medians(record: Any, path: tuple[str, ...] = ()) -> list[Table]:
+    """A table of every `median_s` in the record, however deep, with quartiles where the samples are there."""
+    if not isinstance(record, Mapping):
+        return []
+    tables = []
+    found = record.get("median_s")
+    if isinstance(found, Mapping) and found:
+        samples = record.get("samples_s", {})
+        first = next(iter(found.values()))
+        rows = []
+        for name, value in found.items():
+            low, high = quartiles(samples.get(name, []))
+            rows.append([name, 1000 * value, low and 1000 * low, high and 1000 * high, value / first])
+        title = ", ".join(path) or "times"
+        title = title[:1].upper() + title[1:]
+        head = ["", "median, ms", "first quartile", "third quartile", "of the first row"]
+        tables.append(Table(title=title, head=head, rows=rows))
+    for key, value in record.items():
+        tables += medians(value, (*path, str(key).replace("_", " ")))
+    return tables
+
+
+def quartiles(samples: list[float]) -> tuple[float | None, float | None]:
+    """The first and third quartile; (None, None) of fewer than two samples."""
+    if len(samples) < 2:
+        return None, None
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, high
+
+
+def _step(record: Record) -> list[Table]:
+    tables = medians({key: value for key, value in record.items() if key != "phases"})
+    phases = record.get("phases", {}).get("median_s", {})
+    if phases:
+        whole = sum(phases.values())
+        rows = [[name, 1000 * value, f"{value / whole:.1%}"] for name, value in phases.items()]
+        tables.insert(
+            min(2, len(tables)), Table(title="Where a step's time goes", head=["", "ms", "share"], rows=rows)
+        )
+    prefix = [
+        [f"{name}, {row['prompt']}/{row['completion']}", f"{row['saved']:.1%}", f"{row['predicted']:.1%}"]
+        for name, found in record.get("prefix", {}).items()
+        for row in found
+    ]
+    if prefix:
+        head = ["prompt/completion tokens", "time saved", "tokens saved"]
+        tables.append(Table(title="Shared prompts", head=head, rows=prefix))
+    bars = [[name, bar["reached"], bar["wanted"], bar["met"]] for name, bar in record.get("bars", {}).items()]
+    if bars:
+        tables.append(Table(title="Bars", head=["", "reached", "wanted", "met"], rows=bars))
+    return tables
+
+
+def _loss_head(record: Record) -> list[Table]:
+    base = record["median_s"].get("products")
+    rows = []
+    for name, row in record["contenders"].items():
+        if row["error"] is not None:
+            rows.append([name, None, None, None, None, f"not measured: {row['error']}"])
+            continue
+        value = record["median_s"][name]
+        error = f"{max(row['errors']):.0e}" if row["errors"] else None
+        rows.append(
+            [
+                name,
+                1000 * value,
+                base and value / base,
+                record["tflops"][name],
+                record["extra_mib"][name],
+                error,
+            ]
+        )
+    shape = ", ".join(f"{letter} {n:,}" for letter, n in zip("NHV", record["shape"], strict=True))
+    head = ["", "median, ms", "of the products", "TFLOP/s", "extra MiB", "largest error"]
+    return [Table(title=f"{record['mode']} · {shape}", head=head, rows=rows)]
+
+
+def _memory(record: Record) -> list[Table]:
+    gib = 2**30
+    rows = []
+    for row in record["cases"]:
+        if row["error"] or not row.get("predicted"):
+            rows.append([row["name"], None, None, None, row["error"] or "not planned yet"])
+            continue
+        phases = ", ".join(f"{name} {size / gib:.2f}" for name, size in row["phases"].items())
+        rows.append(
+            [row["name"], row["predicted"]["peak"] / gib, row["peak"] / gib, row.get("ratio"), phases]
+        )
+    head = ["", "predicted, GiB", "measured, GiB", "ratio", "measured after each phase"]
+    return [Table(title="Peak of two steps", head=head, rows=rows)]
+
+
+def _body(record: Record) -> list[Table]:
+    tables = []
+    for shape, found in record["shapes"].items():
+        rows = []
+        for name, row in found["contenders"].items():
+            if not row["samples_s"]:
+                rows.append([name, None, None, None, f"not measured: {row['error']}"])
+                continue
+            ratio = found["eager_over"].get(name)
+            difference = f"{row.get('difference', 0):.0e}"
+            rows.append(
+                [name, 1000 * found["median_s"][name], 1000 * min(row["samples_s"]), ratio, difference]
+            )
+        head = ["", "median, ms", "best, ms", "eager/it", "difference"]
+        tables.append(Table(title=shape, head=head, rows=rows))
+    return tables
+
+
+def _reward(record: Record) -> list[Table]:
+    tables = medians(record)
+    accuracy = [[name, statistics.mean(found)] for name, found in record.get("accuracy", {}).items()]
+    if accuracy:
+        tables.append(Table(title="Accuracy on held-out pairs", head=["", "mean"], rows=accuracy))
+    return tables
+
+
+def _overoptimisation(record: Record) -> list[Table]:
+    rows = []
+    for run in record["runs"]:
+        for name, title in (("mean", "one model"), ("lower_bound", "lower bound")):
+            found = run[name]
+            rows.append(
+                [
+                    f"seed {run['seed']}, {title}",
+                    found["peak"],
+                    found["peak_step"],
+                    found["judge"][-1],
+                    found["warned"],
+                ]
+            )
+    head = ["", "judge at its peak", "at step", "judge at the end", "warned at step"]
+    return [Table(title="What the judge says", head=head, rows=rows)]
+
+
+def _variants(record: Record) -> list[Table]:
+    from benchmarks.variants import table
+
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table(dict(record)).split("\n")
+    ]
+    note = "Gains of the rule judge's means on held-out prompts: mean ± standard deviation over the seeds."
+    return [Table(title="Gains", head=head, rows=rows, note=note)]
+
+
+Shown = tuple[str, str, Callable[[Record], list[Table]], tuple[str, ...]]
+SHOWN: dict[str, Shown] = {
+    "step": (
+        "A whole GRPO step",
+        "One step (rollout, reward, update) against peers, generation, time by phase, and what shared prompts, packing "
+        "and skipping save. Losses and gradients were compared before anything was timed; contenders took turns.",
+        _step,
+        (_NOISE,),
+    ),
+    "loss_head": (
+        "Loss head",
+        "Log-probs, loss and gradients of the vocabulary product, against the bare matrix products and peers. Every "
+        "contender ran in a process of its own, was compared with float64 first, and took turns with the others.",
+        _loss_head,
+        (_NOISE,),
+    ),
+    "memory": (
+        "Memory: planned and measured",
+        "The planner's peak against that of two real steps, each configuration in a process of its own.",
+        _memory,
+        ("On a CPU the peak is the process's resident memory, runtime included.",),
+    ),
+    "body": (
+        "The model's body",
+        "Packed forward and backward of decoder layers: as they are, compiled, and with Liger's kernels. Every "
+        "contender ran in a process of its own and took turns with the others.",
+        _body,
+        (_NOISE,),
+    ),
+    "reward-model-score": (
+        "Reward model: scoring",
+        "The same completions through the same checkpoint: packed with shared prompts, and in padded batches.",
+        _reward,
+        (_NOISE,),
+    ),
+    "reward-model-train": (
+        "Reward model: training",
+        "One epoch on the same preference pairs from the same weights, here and with TRL's reward trainer.",
+        _reward,
+        (_NOISE,),
+    ),
+    "overoptimisation": (
+        "Over-optimisation",
+        "GRPO without a KL term against a reward model that can be gamed, and against the lower bound of an ensemble; "
+        "the rule judge, which neither sees, says what the replies are worth.",
+        _overoptimisation,
+        ("The miniature's small policy and reward models; a larger one may be gamed in other ways.",),
+    ),
+    "advantage-modes": (
+        "Advantage modes",
+        "Every mode trained with every seed from the same policy and the same reward model of that seed.",
+        _variants,
+        ("Quality on the miniature, by its rule judge.",),
+    ),
+}

@@ -1,0 +1,249 @@
+"""The ledger, a cell as a whole, and the sweep: what counts, what ends a run, what is kept when one is cut off."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cost import __main__ as command
+from benchmarks.cost import sweep
+from benchmarks.cost.cell import inputs_of, run
+from benchmarks.cost.examiner import distinct_pairs, fingerprint
+from benchmarks.cost.ledger import Budget, Diverged, Ledger
+from grpo_fast.errors import UserError
+from tests.cost_cases import job, prepared
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("cost"))
+
+
+def cell_of(world, algorithm, **choice):
+    work = job(world, algorithm, **choice)
+    config = work.config()
+    return run(work, config, inputs_of(config))
+
+
+def test_evaluating_is_off_the_clock_and_inner_phases_are_taken_out():
+    ledger = Ledger(Budget(wall_s=0.1, evaluations=2), CPU, lambda: time.sleep(0.3) or {"mean": 1.0})
+    for _ in ledger.steps():
+        with ledger.phase("update"):
+            time.sleep(0.02)
+            with ledger.phase("reference"):
+                time.sleep(0.04)
+        time.sleep(0.05)  # counting, packing for the count
+    assert 0.1 <= ledger.spent.wall_s < 0.25
+    assert ledger.spent.wall_s == pytest.approx(sum(ledger.phase_s.values()))
+    assert ledger.phase_s["reference"] > ledger.phase_s["update"]
+    assert [point["mean"] for point in ledger.curve] == [1.0] * len(ledger.curve) and len(ledger.curve) >= 2
+    assert ledger.curve[0]["wall_s"] == 0 and ledger.curve[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "slow, fast", [("generated_tokens", "training_flops"), ("training_flops", "generated_tokens")]
+)
+def test_a_run_goes_on_until_all_three_currencies_are_used_up(slow, fast):
+    ledger = Ledger(Budget(wall_s=1e-9, longest=1e12, **{slow: 50, fast: 20}), CPU)
+    for step in ledger.steps():
+        with ledger.phase("update"):
+            time.sleep(1e-4)
+        ledger.count("update", 10, training=True, generated_tokens=10)
+        if slow == "generated_tokens":
+            ledger.count("update", 30, training=True)
+        else:
+            ledger.count("generate", generated_tokens=30)
+        assert step < 6
+    assert getattr(ledger.spent, slow) == 50
+
+
+def test_a_run_that_is_slow_in_one_currency_ends_all_the_same():
+    ledger = Ledger(Budget(wall_s=0.02, generated_tokens=1e12, longest=1.5), CPU)
+    for _ in ledger.steps():
+        with ledger.phase("update"):
+            time.sleep(0.004)
+    assert 0.03 <= ledger.spent.wall_s < 0.06
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_a_run():
+    ledger = Ledger(Budget(), CPU)
+    for loss in (1.0, float("nan"), float("nan"), 1.0, float("inf"), float("nan")):
+        ledger.took(loss, 1.0)
+    with pytest.raises(Diverged):
+        ledger.took(0.0, float("nan"))
+
+
+def test_memory_by_part_adds_up_to_the_peak(world):
+    cell = cell_of(world, "ppo")
+    parts = cell["memory"]["parts"]
+    assert sum(parts.values()) == cell["memory"]["peak"]
+    policy = parts["policy"]
+    assert parts["reference"] == policy and parts["gradients"] > 1.9 * policy  # policy and value network
+    assert parts["optimizer"] == pytest.approx(2 * parts["gradients"], rel=1e-3)  # two moments and a counter
+    shared = cell_of(world, "ppo_shared")["memory"]["parts"]
+    assert shared["value_model"] == 4 * (32 + 1) and shared["optimizer"] < 0.6 * parts["optimizer"]
+
+
+def test_a_cell_tells_what_it_cost_and_what_came_of_it(world):
+    cell = cell_of(world, "grpo")
+    assert cell["status"] == "finished" and cell["quality"] == "judge"
+    first, last = cell["curve"][0], cell["curve"][-1]
+    assert first["step"] == 0 and first["flops"] == 0 and abs(first["kl"]) < 1e-3
+    assert last["step"] == 2 and last["kl"] > 0
+    assert last["mean"] == pytest.approx(sum(last["judge"].values()) / 4)
+    assert last["worst"] == min(last["judge"].values())
+    assert last["flops"] == sum(cell["flops"].values())
+    assert last["reward_calls"] == 2 * 16
+    assert json.loads(json.dumps(cell)) == cell
+
+
+def test_the_same_seed_gives_the_same_curve(world):
+    def but_time(cell):
+        return [{k: v for k, v in point.items() if k not in ("wall_s", "cpu_s")} for point in cell["curve"]]
+
+    first, second = cell_of(world, "ppo"), cell_of(world, "ppo")
+    assert but_time(first) == but_time(second) and first["fingerprint"] == second["fingerprint"]
+
+
+def test_a_run_that_diverges_is_recorded_and_not_dropped(world):
+    work = replace(job(world, "grpo", lr=1e30), budget={"steps": 9})
+    config = work.config()
+    cell = run(work, config, inputs_of(config))
+    assert cell["status"] == "diverged" and "finite" in cell["why"]
+    assert len(cell["curve"]) == 1  # what was measured before stays
+
+
+def test_distinct_pairs_and_fingerprints():
+    assert distinct_pairs([[1, 2, 1, 2], [1, 2]]) == 2 / 4
+    assert distinct_pairs([[1]]) == 0
+    layer = torch.nn.Linear(2, 2)
+    before = fingerprint(layer)
+    assert before == fingerprint(layer)
+    with torch.no_grad():
+        layer.weight[0, 0] += 1e-3
+    assert fingerprint(layer) != before
+
+
+def fake(folder: Path, name: str, body: str, monkeypatch) -> dict[Path, object]:
+    """A sweep of one job whose process runs `body`."""
+    script = folder / f"{name}.py"
+    script.write_text(f"import sys, json, time\n{body}\n")
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        sweep.subprocess,
+        "Popen",
+        lambda words, **options: popen([sys.executable, script, *words[3:]], **options),
+    )
+    return {folder / f"{name}.json": job(folder, "grpo")}
+
+
+DONE = "open(sys.argv[2], 'w').write(json.dumps({'status': 'finished', 'why': None, 'curve': [{'wall_s': 1, 'mean': 0.5}]}))"
+
+
+def test_what_is_finished_is_not_run_again_and_what_changed_is(tmp_path, monkeypatch):
+    lines = []
+    jobs = fake(tmp_path, "a", DONE, monkeypatch)
+    sweep.run_all(jobs, parallel=2, tell=lines.append)
+    assert len(lines) == 1 and "finished at 0.500" in lines[0]
+    sweep.run_all(jobs, parallel=2, tell=lines.append)
+    assert lines[1:] == ["1 of 1 are finished already"]
+    changed = {path: replace(work, choice={"lr": 1.0}) for path, work in jobs.items()}
+    sweep.run_all(changed, parallel=2, tell=lines.append)
+    assert len(lines) == 3 and "finished" in lines[2]
+
+
+def test_a_process_that_dies_is_recorded_and_tried_again(tmp_path, monkeypatch):
+    lines = []
+    jobs = fake(tmp_path, "a", "print('the last word'); sys.exit(7)", monkeypatch)
+    sweep.run_all(jobs, parallel=1, tell=lines.append)
+    cell = json.loads(next(iter(jobs)).read_text())
+    assert cell["status"] == "failed" and "the last word" in cell["why"] and "failed" in lines[0]
+    fake(tmp_path, "a", DONE, monkeypatch)
+    sweep.run_all(jobs, parallel=1, tell=lines.append)
+    assert json.loads(next(iter(jobs)).read_text())["status"] == "finished"
+
+
+def test_refused_settings_end_the_sweep_in_one_line(tmp_path, monkeypatch):
+    jobs = fake(tmp_path, "a", "print('error: lr must be positive'); sys.exit(2)", monkeypatch)
+    with pytest.raises(UserError, match="grpo, seed 0: lr must be positive"):
+        sweep.run_all(jobs, parallel=1, tell=lambda _: None)
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
+    settings = tmp_path / "tiny.toml"
+    job(tmp_path)
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.cost",
+        "--config",
+        str(settings),
+        "--algorithms",
+        "grpo",
+        "ppo",
+        "dpo",
+    ]
+    words += ["--seeds", "0", "--search", "off", "--choices", str(tmp_path / "none.json"), "--jobs", "1"]
+    words += ["--budget-wall", "0.3", "--eval-size", "8", "--folder", str(tmp_path / "runs")]
+    words += ["--output", str(tmp_path / "record.json")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "grpo, seed 0: finished" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    process.stderr.close()
+    assert process.wait(60) == 130
+    first = tmp_path / "runs" / "cells" / "grpo-0.json"
+    before = first.stat().st_mtime_ns
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == before
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [cell["algorithm"] for cell in record["cells"]] == ["grpo", "ppo", "dpo"]
+    assert (tmp_path / "runs" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--seeds 1 1", "--seeds must differ"),
+        ("--seeds 100", "100 is the search's"),
+        ("--budget-tokens 100", "--budget-wall is needed"),
+        ("--budget-wall -3", "must be positive"),
+        ("--jobs 0 --threads -1", "--threads must be at least 1"),
+        ("--config none.toml", "none.toml"),
+        ("--algorithms grp", "grp"),
+        ("--qick", "--quick"),
+    ],
+)
+def test_bad_input_is_one_line(words, message):
+    with pytest.raises(UserError, match=message):
+        command.main(words.split())
+
+
+def test_the_search_takes_the_best_reward_and_diverged_ones_last():
+    def row(lr, status, quality):
+        return {"algorithm": "ppo", "choice": {"lr": lr}, "status": status, "quality": quality}
+
+    rows = [row(1, "finished", 0.4), row(2, "diverged", 0.9), row(3, "finished", 0.6), row(4, "failed", None)]
+    assert command.best_choices(rows) == {"ppo": {"lr": 3}}
+    assert command.best_choices(rows[1:2] + rows[3:]) == {"ppo": {"lr": 2}}
+
+
+def test_a_record_holds_no_number_that_json_does_not_have():
+    assert command.finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {"a": [None, 1.0], "b": None}
+
+
+def test_a_job_survives_its_file(world):
+    work = job(world, "dpo", prompts=8)
+    assert type(work)(**json.loads(json.dumps(asdict(work)))) == work
