@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.baselines import dpo
 from benchmarks.baselines.dpo import DPO
 from benchmarks.baselines.ppo import PPO
-from benchmarks.cost import duels, handover, peers
+from benchmarks.cost import duels, handover, peer_table, peers
 from benchmarks.cost.duels import Duel, Ring, dpo_duel, token_pairs
 from benchmarks.cost.handover import TokenPair, read_pairs, run_peer, with_one_output, write_pairs
 from grpo_fast.config.settings import MiniatureWorld
@@ -73,6 +73,7 @@ def alone(models, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("duels")
     flags = ["--seeds", "5", "--threads", "1", "--models", str(models), "--folder", str(folder)]
     assert peers.main([*flags, "--output", str(folder / "record.json")], duel=SMALL) == 0
+    assert "PPO: not measured" in (folder / "record.html").read_text()
     return json.loads((folder / "record.json").read_text())
 
 
@@ -86,7 +87,7 @@ def test_missing_peers_are_in_the_record_as_not_measured(alone):
             assert run["start"]["kl"] == pytest.approx(0, abs=1e-4)
             assert run["ours"]["kl"] != run["start"]["kl"], "nothing was trained"
         assert found["verdict"]["says"] == "not measured"
-    shown = peers.table(alone)
+    shown = peer_table.table(alone)
     assert "DPO: not measured" in shown and "PPO: not measured" in shown and "| PPO, ours |" in shown
 
 
@@ -220,13 +221,15 @@ def test_the_verdict_is_the_interval_of_the_differences(ours, theirs, says):
         for a, b in zip(ours, theirs, strict=True)
     ]
     unfinished = {"ours": {"status": "finished", "mean": 9.0}, "trl": {"status": "failed", "why": "x"}}
-    found = peers.verdict([*runs, unfinished])
+    diverged = {"ours": {"status": "diverged", "why": "y"}, "trl": {"status": "finished", "mean": 0.5}}
+    found = peer_table.verdict([*runs, unfinished, diverged])
     assert found["says"] == says and found["seeds"] == len(ours)
     assert found["difference"] == pytest.approx(sum(ours) / len(ours) - sum(theirs) / len(theirs))
     if found["ci95"]:
         low, high = found["ci95"]
         assert low < found["difference"] < high
-    assert peers.verdict([unfinished]) == {"says": "failed", "why": "x"}
+    assert peer_table.verdict([unfinished]) == {"says": "failed", "why": "x"}
+    assert peer_table.verdict([diverged]) == {"says": "diverged", "why": "y"}
 
 
 def test_models_that_are_not_there_are_named(tmp_path):

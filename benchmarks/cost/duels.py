@@ -254,7 +254,7 @@ def _ours(
     """Our side trained and saved, and the seconds of the phases that a peer has too."""
     try:
         train(lab, settings)
-    except Diverged as error:
+    except (Diverged, FloatingPointError) as error:
         return {"status": "diverged", "why": str(error)}
     lab.policy.save(folder / "ours")
     seconds, cpu_s = (

@@ -12,7 +12,6 @@ with the same hyper-parameters; the trained policies are then examined by the sa
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -20,31 +19,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 
 from benchmarks.cost.cell import Job, inputs_of, is_prepared, prepare_seed
 from benchmarks.cost.duels import LIMITS, Duel, dpo_duel, ppo_duel
+from benchmarks.cost.peer_table import table, verdict
 from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.page import command_line, page_of
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
 from grpo_fast.run.metrics import write_atomically
 
 DUELS: dict[str, Callable[..., dict[str, Any]]] = {"dpo": dpo_duel, "ppo": ppo_duel}
-COLUMNS = {
-    "mean": "judge's mean",
-    "worst": "worst objective",
-    "over_refusal": "over-refusal",
-    "kl": "KL, nats",
-    "length": "tokens",
-    "pair_accuracy": "pairs right",
-    "pair_loss": "pair loss",
-    "seconds": "seconds",
-    "cpu_s": "of a core",
-}
 
 
 def main(argv: Sequence[str] | None = None, duel: Duel | None = None) -> int:
@@ -74,6 +62,7 @@ def main(argv: Sequence[str] | None = None, duel: Duel | None = None) -> int:
     record = measure(models, args.folder, duel or Duel(), pythons, args.seeds, args.threads)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, json.dumps(record, indent=1) + "\n")
+    page_of(args.output, command=command_line())
     print(table(record))
     return 0
 
@@ -101,56 +90,6 @@ def measure(
         "duels": {name: {"runs": found, "verdict": verdict(found)} for name, found in runs.items()},
         "wall_s": time.perf_counter() - started,
     }
-
-
-def verdict(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Whether ours reaches the peer: differences of the judge's mean, ours - theirs, seed by seed.
-
-    `ci95` is Student's interval of the mean difference over the seeds. `says`: "above" or "below" where the interval
-    leaves 0 out, "level" where it does not, "one seed" where there is no interval, else why nothing was measured.
-    """
-    both = [run for run in runs if all(run[side]["status"] == "finished" for side in ("ours", "trl"))]
-    if not both:
-        return {"says": runs[0]["trl"]["status"], "why": runs[0]["trl"].get("why")}
-    differences = [run["ours"]["mean"] - run["trl"]["mean"] for run in both]
-    found = {"difference": mean(differences), "seeds": len(both)}
-    if len(both) < 2:
-        return found | {"ci95": None, "says": "one seed"}
-    half = float(student.ppf(0.975, len(both) - 1)) * stdev(differences) / math.sqrt(len(both))
-    low, high = found["difference"] - half, found["difference"] + half
-    return found | {"ci95": [low, high], "says": "above" if low > 0 else "below" if high < 0 else "level"}
-
-
-def table(record: dict[str, Any]) -> str:
-    """Markdown: what each side came to, means over the seeds, and the verdicts under it."""
-    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|" + "---|" * (len(COLUMNS) + 1)]
-    verdicts = []
-    for name, duel in record["duels"].items():
-        for side in ("start", "ours", "trl"):
-            done = [run[side] for run in duel["runs"] if run[side].get("status", "finished") == "finished"]
-            cells = [_mean_of([run[c] for run in done if c in run]) for c in COLUMNS]
-            lines.append(f"| {name.upper()}, {_title(side, duel['runs'])} | {' | '.join(cells)} |")
-        verdicts.append(f"{name.upper()}: {_sentence(duel['verdict'])}")
-    return "\n".join([*lines, "", *verdicts])
-
-
-def _title(side: str, runs: Sequence[dict[str, Any]]) -> str:
-    if side != "trl":
-        return {"start": "the start policy", "ours": "ours"}[side]
-    release = runs[0]["trl"].get("versions", {}).get("trl", "")
-    return f"TRL {release}".strip()
-
-
-def _mean_of(values: Sequence[float]) -> str:
-    return f"{mean(values):.3f}" if values else "–"
-
-
-def _sentence(found: dict[str, Any]) -> str:
-    if "difference" not in found:
-        return f"{found['says']} ({found['why']})"
-    interval = found["ci95"]
-    shown = f", 95% [{interval[0]:+.3f}, {interval[1]:+.3f}] over {found['seeds']} seeds" if interval else ""
-    return f"ours - TRL's {found['difference']:+.3f}{shown}: {found['says']}"
 
 
 def _train_models(folder: Path, threads: int) -> None:
