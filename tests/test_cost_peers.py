@@ -100,17 +100,33 @@ def test_pairs_are_learned_and_what_was_not_trained_is_undecided(alone):
         )
 
 
-def test_our_dpo_trains_on_the_pairs_that_the_peer_is_given(models, tmp_path, monkeypatch):
-    drawn, sample = [], dpo.new_pairs
+def test_our_dpo_trains_on_the_pairs_that_the_peer_is_given_in_its_order(models, tmp_path, monkeypatch):
+    drawn, trained, told = [], [], []
+    sample, train = dpo.new_pairs, dpo.add_up_gradients
 
-    def watched(*args):
+    def sampling(*args):
         drawn.append(sample(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(dpo, "new_pairs", watched)
-    dpo_duel(models, tmp_path, SMALL, 3, "", 1, ours_first=True)
-    (trained_on,) = drawn
+    def training(lab, settings, pairs, chosen):
+        trained.append(chosen)
+        return train(lab, settings, pairs, chosen)
+
+    def peer(python, script, spec, *, threads):
+        told.append(spec)
+        return {"status": "failed", "why": "only listened"}
+
+    monkeypatch.setattr(dpo, "new_pairs", sampling)
+    monkeypatch.setattr(dpo, "add_up_gradients", training)
+    monkeypatch.setattr(duels, "run_peer", peer)
+    found = dpo_duel(models, tmp_path, SMALL, 3, "python", 1, ours_first=True)
+    assert found["trl"] == {"status": "failed", "why": "only listened"}
+    (trained_on,), (spec,) = drawn, told
     assert token_pairs(trained_on) == read_pairs(tmp_path / "pairs.jsonl")
+    batch = spec["pairs_per_step"]
+    cut = [order[i : i + batch] for order in spec["orders"] for i in range(0, len(order), batch)]
+    assert len(spec["orders"]) == 2 and spec["orders"][0] != spec["orders"][1]
+    assert cut == trained
 
 
 def plain_peer(python: str, script: str, spec: dict, *, threads: int) -> dict:

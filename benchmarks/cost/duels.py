@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ LIMITS = (
     "TRL's PPO clips no gradients, so ours does not either here; DPO clips at 1 on both sides",
     "TRL's PPO gives the score one token after the end token, ours at the end token",
     "TRL scores a completion that was cut off as it is, ours with an end token behind it",
-    "prompts and pairs are the same, but each side draws its own order and its own random numbers",
+    "DPO's pairs come in the same order; PPO's prompts are the same, but each side samples and shuffles for itself",
     "no warm-up on either side, since the first step of theirs would have a learning rate of 0",
     "PPO's reward is the plain sum of the heads' scores on both sides, DPO's pairs are those of the baseline",
 )
@@ -52,7 +53,7 @@ class Duel:
 
     ppo: PPO = field(default_factory=lambda: PPO(lr=5e-4, value_lr=1e-3, standardize=False))
     """PPO's settings; a peer's reward model cannot be standardised batch by batch"""
-    ppo_steps: int = 20
+    ppo_steps: int = 30
     """Batches of completions"""
     dpo: DPO = field(default_factory=lambda: DPO(lr=5e-4, prompts=384))
     """DPO's settings"""
@@ -123,8 +124,11 @@ def dpo_duel(
     """Both sides on the pairs that our offline DPO samples from the start policy and ranks by the reward model."""
     ring = Ring.of(models, folder, duel, seed, clip_gradients=True)
     settings, task = duel.dpo, ring.task()
-    pairs = sampled_pairs(ring.lab(task=task), settings)
-    steps = duel.dpo_epochs * math.ceil(len(pairs) / settings.pairs)
+    lab = ring.lab(task=task)
+    pairs = sampled_pairs(lab, settings)
+    batches = [list(dpo.orders(len(pairs), settings, lab.seed(epoch))) for epoch in range(duel.dpo_epochs)]
+    steps = sum(map(len, batches))
+    spec = _dpo_spec(ring, task, settings, [[*chain(*epoch)] for epoch in batches])
     write_pairs(token_pairs(pairs), folder / "pairs.jsonl")
 
     def ours() -> dict[str, Any]:
@@ -132,7 +136,7 @@ def dpo_duel(
         return _ours(ring.lab(steps), dpo.train, settings, folder, phases=("reference", "update"))
 
     def theirs() -> dict[str, Any]:
-        return run_peer(python, "trl_dpo.py", _dpo_spec(ring, task, settings, duel), threads=threads)
+        return run_peer(python, "trl_dpo.py", spec, threads=threads)
 
     sides = _in_turn(ours, theirs, ours_first)
     heldout = sampled_pairs(
@@ -144,7 +148,7 @@ def dpo_duel(
 
     found = _examined(ring, task, sides, of_pairs) | {"pairs": len(pairs), "steps": steps}
     if python and seed == 0:
-        found["agreement"] = agreement(ring, pairs, settings, _dpo_spec(ring, task, settings, duel), python)
+        found["agreement"] = agreement(ring, pairs, settings, spec, python)
     return found
 
 
@@ -235,14 +239,14 @@ def agreement(ring: Ring, pairs: Pairs, settings: DPO, spec: dict[str, Any], pyt
     } | errors
 
 
-def _dpo_spec(ring: Ring, task: Task, settings: DPO, duel: Duel) -> dict[str, Any]:
+def _dpo_spec(ring: Ring, task: Task, settings: DPO, orders: list[list[int]]) -> dict[str, Any]:
     return ring.common_spec(task) | {
         "reference": str(ring.models / "start"),
         "pairs": str(ring.folder / "pairs.jsonl"),
         "batch": None,
         "beta": settings.beta,
         "lr": settings.lr,
-        "epochs": duel.dpo_epochs,
+        "orders": orders,
         "pairs_per_step": settings.pairs,
         "max_grad_norm": ring.config.optim.max_grad_norm,
     }

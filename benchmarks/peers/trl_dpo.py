@@ -1,7 +1,7 @@
 """TRL's DPO trainer on the pairs of `benchmarks.cost.peers`; runs in a Python of its own that has trl.
 
 `trl_dpo.py SPEC` (JSON): trains SPEC["folder"] against SPEC["reference"] on SPEC["pairs"] (JSONL with prompt_ids,
-chosen_ids and rejected_ids in each line), writes the model to SPEC["output"], and answers with its versions and then
+chosen_ids and rejected_ids in each line), an epoch for each of SPEC["orders"], writes the model to SPEC["output"], and answers with its versions and then
 with its seconds: reference log-probs and training, nothing loaded. Where SPEC["batch"] names a file of pairs, the loss
 of that batch is answered instead of training, and its gradients are written beside the file.
 """
@@ -22,11 +22,30 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+class InOrders(torch.utils.data.Sampler[int]):
+    """Every epoch the order it is told."""
+
+    def __init__(self, orders: list[list[int]]) -> None:
+        self.orders, self.epoch = orders, -1
+
+    def __len__(self) -> int:
+        return len(self.orders[0])
+
+    def __iter__(self):
+        self.epoch += 1
+        return iter(self.orders[self.epoch])
+
+
 class OnTokens(trl.DPOTrainer):
     """Takes the pairs' tokens as they are: a completion that was cut off gets no end token, no text is read anew."""
 
+    orders: list[list[int]]
+
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
+
+    def _get_train_sampler(self, train_dataset=None):
+        return InOrders(self.orders)
 
 
 def read_pairs(path: str) -> list[dict[str, list[int]]]:
@@ -60,7 +79,7 @@ def main() -> None:
         loss_type=["sigmoid"],
         precompute_ref_log_probs=spec["batch"] is None,
         max_length=None,
-        num_train_epochs=spec["epochs"],
+        num_train_epochs=len(spec["orders"]),
         per_device_train_batch_size=spec["pairs_per_step"],
         learning_rate=spec["lr"],
         lr_scheduler_type="constant",
@@ -80,6 +99,7 @@ def main() -> None:
     )
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     answer({"versions": versions, "threads": torch.get_num_threads()})
+    OnTokens.orders = spec["orders"]
     started = time.perf_counter(), time.process_time()
     trainer = OnTokens(
         model=model,
