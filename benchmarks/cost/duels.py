@@ -147,7 +147,7 @@ def dpo_duel(
         return _fit(ring.lab(task=task), heldout, settings.beta)
 
     found = _examined(ring, task, sides, of_pairs) | {"pairs": len(pairs), "steps": steps}
-    if python and seed == 0:
+    if python:
         found["agreement"] = agreement(ring, pairs, settings, spec, python)
     return found
 

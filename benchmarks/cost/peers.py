@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,25 +69,32 @@ def main(argv: Sequence[str] | None = None, duel: Duel | None = None) -> int:
 def measure(
     models: Path, folder: Path, duel: Duel, pythons: dict[str, str], seeds: Sequence[int], threads: int
 ) -> dict[str, Any]:
-    """The record: every duel with every seed, the two sides beginning by turns."""
-    started = time.perf_counter()
+    """The record: every duel with every seed, the two sides beginning by turns.
+
+    A duel that is finished in `folder` on the same terms, the commit among them, is not run again.
+    """
+    about = {"settings": asdict(duel), "threads": threads, "commit": commit()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in DUELS}
-    for turn, seed in enumerate(seeds):
+    for seed in seeds:
         for name, fight in DUELS.items():
-            print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
             place = folder / f"{name}-{seed}"
-            found = fight(models, place, duel, seed, pythons[name], threads, ours_first=turn % 2 == 0)
-            runs[name].append(found)
+            done = place / "duel.json"
+            terms = json.loads(json.dumps(about | {"python": pythons[name]}))
+            kept = json.loads(done.read_text()) if done.is_file() else {}
+            if kept.get("terms") != terms:
+                print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+                python = pythons[name]
+                found = fight(models, place, duel, seed, python, threads, ours_first=seed % 2 == 0)
+                kept = {"terms": terms, "run": found}
+                write_atomically(done, json.dumps(kept, indent=1))
+            runs[name].append(kept["run"])
     return {
         "benchmark": "cost-peers",
         "device": device_name("cpu"),
-        "threads": threads,
-        "commit": commit(),
         "versions": {"torch": torch.__version__, **versions()},
-        "settings": asdict(duel),
+        **about,
         "limits": LIMITS,
         "duels": {name: {"runs": found, "verdict": verdict(found)} for name, found in runs.items()},
-        "wall_s": time.perf_counter() - started,
     }
 
 

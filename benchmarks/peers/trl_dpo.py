@@ -1,9 +1,10 @@
 """TRL's DPO trainer on the pairs of `benchmarks.cost.peers`; runs in a Python of its own that has trl.
 
 `trl_dpo.py SPEC` (JSON): trains SPEC["folder"] against SPEC["reference"] on SPEC["pairs"] (JSONL with prompt_ids,
-chosen_ids and rejected_ids in each line), an epoch for each of SPEC["orders"], writes the model to SPEC["output"], and answers with its versions and then
-with its seconds: reference log-probs and training, nothing loaded. Where SPEC["batch"] names a file of pairs, the loss
-of that batch is answered instead of training, and its gradients are written beside the file.
+chosen_ids and rejected_ids in each line), an epoch for each of SPEC["orders"], writes the model to SPEC["output"], and
+answers with its versions and then with its seconds: reference log-probs and training, nothing loaded. Where
+SPEC["batch"] names a file of pairs, the loss of that batch is answered instead of training, and its gradients are
+written beside the file.
 """
 
 import json
