@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,24 @@ def test_the_verdict_is_the_interval_of_the_differences(ours, theirs, says):
 def test_models_that_are_not_there_are_named(tmp_path):
     with pytest.raises(UserError, match="needs start/ and reward_model/"):
         peers.main(["--models", str(tmp_path)])
+
+
+def test_a_finished_duel_is_not_run_again_except_on_other_terms(tmp_path, monkeypatch):
+    fought = []
+
+    def fight(models, place, duel, seed, python, threads, *, ours_first):
+        place.mkdir(parents=True, exist_ok=True)
+        fought.append((seed, ours_first))
+        side = {"status": "finished", "mean": 0.5}
+        return {"seed": seed, "start": {}, "ours": side, "trl": side}
+
+    monkeypatch.setattr(peers, "DUELS", {"dpo": fight})
+    pythons = {"dpo": "python"}
+    first = peers.measure(tmp_path, tmp_path, SMALL, pythons, [0, 1], 1)
+    again = peers.measure(tmp_path, tmp_path, SMALL, pythons, [0, 1, 2], 1)
+    assert fought == [(0, True), (1, False), (2, True)], "the sides do not begin by turns"
+    assert again["duels"]["dpo"]["runs"][:2] == first["duels"]["dpo"]["runs"]
+    assert again["duels"]["dpo"]["verdict"]["says"] == "level"
+    peers.measure(tmp_path, tmp_path, replace(SMALL, ppo_steps=3), pythons, [0], 1)
+    peers.measure(tmp_path, tmp_path, SMALL, {"dpo": "another"}, [1], 1)
+    assert fought[3:] == [(0, True), (1, False)]
