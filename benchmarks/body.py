@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks import loss_head
+from benchmarks.machine import commit, device_name, versions
 from benchmarks.page import command_line, page_of
 from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.models.compiled import CompiledLayers
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no CUDA device found")
     record = {
         "benchmark": "body",
-        "device": loss_head.device_name(args.device),
+        "device": device_name(args.device),
         "dtype": args.dtype,
         "threads": args.threads,
         "clock": args.clock,
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "torch": torch.__version__,
             "transformers": version("transformers"),
         }
-        | loss_head.versions(),
-        "commit": loss_head.commit(),
+        | versions(),
+        "commit": commit(),
         "shapes": {name: measure(name, contenders, args) for name in names},
     }
     _print_table(record)

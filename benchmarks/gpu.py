@@ -5,14 +5,15 @@
 Runs the loss head in bf16 at the head shapes of Qwen2.5 (0.5B, 1.5B, 7B, 14B), trained, frozen and forward
 only, against the cuBLAS time of the same products in the same run; the layers of the same models as they are, compiled
 and with Liger; the two elementwise operations against the time of a copy of the same bytes; the memory planner against
-the allocator; then whole steps at 0.5B, 1.5B and 7B (`benchmarks.step`). What fails is reported and the others go on.
+the allocator; then whole steps at 0.5B, 1.5B and 7B (`benchmarks.step`), and one of GRPO, PPO and DPO at 0.5B and 7B
+(`benchmarks.cost.steps`). What fails is reported and the others go on.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from grpo_kernels import LossConfig, group_advantages, grpo_loss
 
 from benchmarks import body, loss_head, memory
+from benchmarks.cost import steps as cost_steps
+from benchmarks.machine import device_name
 from benchmarks.step import gpu as steps
 
 SHAPES = (
@@ -31,6 +34,7 @@ SHAPES = (
     "32768,3584,152064",
     "4096,4096,131072",
 )
+PARTS = ("loss_head", "body", "memory", "elementwise", "step", "cost")
 MODES = ("trained", "frozen", "forward")
 
 
@@ -48,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--step-seconds", type=float, default=480, help="whole steps: they take no longer than this"
     )
+    parser.add_argument(
+        "--cost-seconds", type=float, default=480, help="a step of each algorithm: no longer than this"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device found", file=sys.stderr)
@@ -55,32 +63,45 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
-    for shape in args.shapes:
+    if "loss_head" in args.parts:
+        failed += loss_heads(folder, args.shapes, args.contenders)
+    for suite, run in (("body", body.main), ("memory", memory.main)):
+        name = f"{suite}.json"
+        if suite in args.parts and _failed(name, run, ["--device", "cuda", "--output", str(folder / name)]):
+            failed.append(name)
+    if "elementwise" in args.parts:
+        (folder / "elementwise.json").write_text(json.dumps(elementwise(), indent=1) + "\n")
+    torch.cuda.empty_cache()  # what follows runs in processes of its own
+    if "step" in args.parts and steps.run_cases(folder, args.step_cases, args.step_seconds):
+        failed.append("step")
+    if "cost" in args.parts:
+        options = ["--output", str(folder / "cost-steps-cuda.json"), "--seconds", str(args.cost_seconds)]
+        if _failed("cost", cost_steps.main, options):
+            failed.append("cost")
+    print(f"done; failed: {', '.join(failed) or 'nothing'}")
+    return 1 if failed else 0
+
+
+def loss_heads(folder: Path, shapes: Sequence[str], contenders: str) -> list[str]:
+    """Every shape in every mode; the files of those that failed."""
+    failed = []
+    for shape in shapes:
         for mode in MODES:
             name = f"loss_head_{shape.replace(',', 'x')}_{mode}.json"
             options = ["--device", "cuda", "--dtype", "bfloat16", "--shape", shape, "--mode", mode]
-            options += ["--contenders", args.contenders, "--output", str(folder / name)]
-            try:
-                code = loss_head.main(options)
-            except Exception as error:  # one shape out of memory must not cost the others
-                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-                code = 1
-            if code:
+            options += ["--contenders", contenders, "--output", str(folder / name)]
+            if _failed(name, loss_head.main, options):
                 failed.append(name)
-    for suite, run in (("body", body.main), ("memory", memory.main)):
-        name = f"{suite}.json"
-        try:
-            code = run(["--device", "cuda", "--output", str(folder / name)])
-        except (Exception, SystemExit) as error:
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-            code = 1
-        if code:
-            failed.append(name)
-    (folder / "elementwise.json").write_text(json.dumps(elementwise(), indent=1) + "\n")
-    print(f"{len(args.shapes) * len(MODES) + 2 - len(failed)} runs done, {len(failed)} failed: {failed}")
-    torch.cuda.empty_cache()  # the steps run in processes of their own
-    code = steps.run_cases(folder, args.step_cases, args.step_seconds)
-    return 1 if failed else code
+    return failed
+
+
+def _failed(name: str, run: Callable[[list[str]], int], options: list[str]) -> bool:
+    """Whether a benchmark failed; whatever it raises must not cost the others (one shape out of memory)."""
+    try:
+        return bool(run(options))
+    except (Exception, SystemExit) as error:
+        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+        return True
 
 
 def elementwise(device: str = "cuda", *, repeats: int = 30) -> dict[str, Any]:
@@ -91,7 +112,7 @@ def elementwise(device: str = "cuda", *, repeats: int = 30) -> dict[str, Any]:
     config = LossConfig.preset("grpo", kl_coef=0.04, aggregation="token_mean")
     record: dict[str, Any] = {
         "benchmark": "elementwise",
-        "device": loss_head.device_name(device),
+        "device": device_name(device),
         "samples_ms": {},
     }
     for power in (12, 18, 24):

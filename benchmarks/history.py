@@ -20,18 +20,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Lines
 from rich.text import Text
 
 from benchmarks.compare import ANCHOR, Change, compare, differences, merged, thinned
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
+from benchmarks.page import Table, cell, write_page
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import write_atomically
@@ -88,6 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         changes = confirmed(changes, against(baseline, again))
     show(changes, baseline, run)
+    write_page(
+        args.folder / "report.html",
+        title="Against the baseline",
+        what=(
+            "The benchmark suite, several times, compared test by test with the baseline of "
+            f"{baseline.get('date')}, commit {baseline.get('commit')}."
+        ),
+        record=run | run["machine"],
+        tables=[table_of(changes)],
+        notes=differences(baseline, run),
+    )
     return 1 if any(change.verdict == "slower" for change in changes) else 0
 
 
@@ -206,22 +217,28 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
+def table_of(changes: Sequence[Change]) -> Table:
+    """A row a test, the slower ones first."""
+    rows = []
+    for change in sorted(changes, key=lambda change: ORDER.index(change.verdict)):
+        times = [f"{1000 * s:.3g}" if s is not None else None for s in (change.before_s, change.after_s)]
+        ratio = f"{change.ratio:.2f}" if change.ratio is not None else None
+        ends = "{:.2f} to {:.2f}".format(*change.ci95) if change.ci95 else None
+        noise = f"±{change.noise:.0%}" if change.noise is not None else None
+        rows.append([change.name.removeprefix("benchmarks/"), *times, ratio, ends, noise, change.verdict])
+    head = ["test", "baseline, ms", "now, ms", "ratio", "95%", "noise", "verdict"]
+    return Table(title="Against the baseline", head=head, rows=rows)
+
+
 def show(changes: Sequence[Change], baseline: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """The table, the slower ones first, and what it can be trusted for."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    lines = Table(title="Against the baseline", title_justify="left", box=None, pad_edge=False)
-    for i, name in enumerate(("test", "baseline, ms", "now, ms", "ratio", "95%", "noise", "")):
+    table = table_of(changes)
+    lines = Lines(title=table.title, title_justify="left", box=None, pad_edge=False)
+    for i, name in enumerate(table.head):
         lines.add_column(name, justify="right" if 0 < i < 6 else "left")
-    for change in sorted(changes, key=lambda change: ORDER.index(change.verdict)):
-        found = asdict(change)
-        times = [f"{1000 * s:.3g}" if s is not None else "–" for s in (change.before_s, change.after_s)]
-        ratio = f"{found['ratio']:.2f}" if change.ratio is not None else "–"
-        ends = "{:.2f} to {:.2f}".format(*change.ci95) if change.ci95 else "–"
-        noise = f"±{change.noise:.0%}" if change.noise is not None else "–"
-        name = change.name.removeprefix("benchmarks/")
-        lines.add_row(
-            Text(name), *times, ratio, ends, noise, Text(change.verdict, style=COLOURS[change.verdict])
-        )
+    for *cells, verdict in table.rows:
+        lines.add_row(*(Text(cell(value)) for value in cells), Text(verdict, style=COLOURS[verdict]))
     console.print(lines)
     counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in ORDER}
     console.print(", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n), highlight=False)

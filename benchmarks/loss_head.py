@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import CONTENDERS, Problem, Run, truth
+from benchmarks.machine import commit, device_name, forget_peak, resident, versions
 from benchmarks.page import command_line, page_of
 from grpo_fast.run.allocator import keep_freed_memory
 
@@ -170,7 +170,7 @@ def _extra_bytes(run: Run, device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        forget_peak()
     before = _held(device)
     found = run()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
@@ -191,14 +191,6 @@ def _seconds(run: Run, device: str) -> float:
 
 def _held(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else resident("VmRSS")
-
-
-def resident(field: str) -> int:
-    """Bytes of a line of this process's status: `VmRSS` now, `VmHWM` at the most. OSError where it has none."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
 
 
 def _record(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -230,38 +222,6 @@ def _record(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> dic
         "ratios": ratios,
         "contenders": results,
     }
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("triton", "liger_kernel"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def device_name(kind: str) -> str:
-    """What a record is of: the GPU's name, or the processor's."""
-    if kind == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
-def commit() -> str:
-    """The commit that was measured; "+" after it: with changes that are in none."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "kernels", "grpo_fast", "benchmarks/*.py")
-    return (git("rev-parse", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def _print_table(record: dict[str, Any]) -> None:

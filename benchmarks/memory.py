@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loss_head import commit, device_name
+from benchmarks.machine import commit, device_name
 from benchmarks.memory_cases import CASES, Case, built, planned
 from benchmarks.page import command_line, page_of
 from grpo_fast.engines.base import Sampling

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from benchmarks.page import command_line, page_of
 from grpo_fast.miniature import world
 from grpo_fast.run.command import Parser, run_command

@@ -55,6 +55,30 @@ def quartiles(samples: list[float]) -> tuple[float | None, float | None]:
     return low, high
 
 
+def _cost(record: Record) -> list[Table]:
+    from benchmarks.cost.tables import tables
+
+    return tables(dict(record))
+
+
+def _cost_model(record: Record) -> list[Table]:
+    bars = record["bars"]
+    unit = {"flops": (1e9, "GFLOP"), "memory": (2**20, "MiB"), "seconds": (1.0, "s")}
+    rows = []
+    for row in record["cases"]:
+        figures: list[Any] = []
+        for key, (size, _) in unit.items():
+            figures += [row["predicted"][key] / size, row["measured"][key] / size, f"{row['ratio'][key]:.3f}"]
+        missed = [key for key, bar in bars.items() if abs(row["ratio"][key] - 1) > bar]
+        rows.append([f"{row['algorithm']}, {row['name']}", *figures, ", ".join(missed) or "none"])
+    columns = [
+        f"{word} {name}" for _, name in unit.values() for word in ("predicted", "measured", "ratio of")
+    ]
+    note = "Bars: " + ", ".join(f"{key} within {bar:.0%}" for key, bar in bars.items()) + "."
+    head = ["one step", *columns, "bars missed"]
+    return [Table(title="Predicted and measured", head=head, rows=rows, note=note)]
+
+
 def _step(record: Record) -> list[Table]:
     tables = medians({key: value for key, value in record.items() if key != "phases"})
     phases = record.get("phases", {}).get("median_s", {})
@@ -177,8 +201,28 @@ def _cost_peers(record: Record) -> list[Table]:
     return [Table(title="Means over the seeds", head=head, rows=peer_table.rows(record), note=verdicts)]
 
 
+def _ablations(record: Record) -> list[Table]:
+    from benchmarks.ablations.record import tables
+
+    return tables(record)
+
+
 Shown = tuple[str, str, Callable[[Record], list[Table]], tuple[str, ...]]
 SHOWN: dict[str, Shown] = {
+    "cost": (
+        "What alignment costs",
+        "GRPO, PPO and DPO from the same start policies, on the same prompts, against the same reward models, and on "
+        "the same held-out prompts; comparisons are paired by seed.",
+        _cost,
+        (_NOISE,),
+    ),
+    "cost-model": (
+        "The cost model against real steps",
+        "FLOPs, peak memory and seconds of one step, predicted from the architecture, the lengths and this machine's "
+        "measured rates, and measured, each size in a process of its own.",
+        _cost_model,
+        (_NOISE, "Checked on one CPU; what it says of GPUs and of larger models is foreseen, not measured."),
+    ),
     "step": (
         "A whole GRPO step",
         "One step (rollout, reward, update) against peers, generation, time by phase, and what shared prompts, packing "
@@ -224,6 +268,26 @@ SHOWN: dict[str, Shown] = {
         "the rule judge, which neither sees, says what the replies are worth.",
         _overoptimisation,
         ("The miniature's small policy and reward models; a larger one may be gamed in other ways.",),
+    ),
+    "ablations": (
+        "Which idea pays",
+        "One step, and the same step with one idea removed at a time: the same weights, the same rollout, the same "
+        "loss. Gradients, scores and log-probs were compared first, contenders took turns, and each one's memory was "
+        "measured in a process of its own.",
+        _ablations,
+        (
+            "The whole step is the sum of its parts (generation, scoring, advantages, update, optimizer); without an "
+            "idea it is that sum and the difference between the part without it and the part with it.",
+            "Memory is the process's high-water mark over what it held before, with its libraries loaded. AdamW's "
+            "states, which every contender needs alike, are not in it.",
+            "The reference is the policy itself, as at the start of a run, where the KL term's gradient is zero. With "
+            "a KL term no sequence is without signal, so none is skipped: that is part of its price.",
+            "Generation makes completions of one length. What sharing prompts and skipping save grows with the "
+            "prompts' share of the tokens and with the share of groups without signal: both are in the record's work.",
+            "Packed rows are as long as the token budget allows (here everything is one pass), padded batches as high "
+            "as the record's padded_rows: where the latter hold fewer positions at once they also need less memory.",
+            "FLOPs are those of products with weights; attention's own are left out.",
+        ),
     ),
     "advantage-modes": (
         "Advantage modes",

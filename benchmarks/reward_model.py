@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from benchmarks.page import command_line, page_of
 from grpo_fast.config.settings import MiniatureWorld
 from grpo_fast.data.rated import Comparison, RatedExample

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
+from torch.utils.checkpoint import checkpoint
 
 from grpo_fast.attention import backends, fused, paths
 from grpo_fast.attention.backends import CHOICES, REFERENCE, TABLE, Case, check_choice, choose, use
@@ -211,3 +212,19 @@ def test_choices_are_checked_before_a_model_is_loaded() -> None:
         with pytest.raises(UserError, match=f"policy.attention = {choice}: .*needs cuda; use auto"):
             check_choice(choice, cpu)
     assert set(CHOICES) == {"auto", *(backend.choice for backend in TABLE)}
+
+
+def test_a_back_end_that_is_first_tried_inside_a_checkpointed_layer() -> None:
+    """What the trial saves for its own backward pass is not counted among what the layer saves."""
+    plan = PLANS["long"]
+    q, k, v = (torch.randn(1, heads, plan.length, DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    q.requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        return attention(torch.nn.Module(), x, k, v, None, scaling=0.4, plan=plan)[0]
+
+    backends._fault.cache_clear()
+    checkpoint(layer, q, use_reentrant=False).sum().backward()
+    assert q.grad is not None
+    (expected,) = torch.autograd.grad(layer(q).sum(), q)
+    torch.testing.assert_close(q.grad, expected)

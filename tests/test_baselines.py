@@ -1,6 +1,7 @@
 """PPO, DPO and the policy gradients: formulas against plain PyTorch, gradients whatever the split, equal terms."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from benchmarks.baselines.dpo import DPO
 from benchmarks.baselines.ppo import PPO
 from benchmarks.cost.algorithms import ALGORITHMS
 from benchmarks.cost.cell import marks_of
-from benchmarks.cost.lab import Reference
+from benchmarks.cost.lab import Reference, Sequences
 from grpo_fast.attention.function import ATTENTION_NAME
 from grpo_fast.data.queue import PromptQueue
 from tests.cost_cases import lab, prepared
@@ -53,7 +54,7 @@ def test_advantages_are_discounted_sums_of_the_errors_to_come():
         after = torch.cat([v[1:], v.new_zeros(1)])
         delta = r + gamma * after - v
         expected = torch.stack(
-            [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(r))) for t in range(len(r))]
+            [(delta[t:] * (gamma * lam) ** torch.arange(len(r) - t)).sum() for t in range(len(r))]
         )
         torch.testing.assert_close(a, expected)
         torch.testing.assert_close(g, expected + v)
@@ -77,11 +78,11 @@ def test_clipped_value_loss_takes_the_larger_error():
     torch.testing.assert_close(ppo.value_loss(values, known, 0.0), torch.tensor(0.5 * 0.81))
 
 
-def ppo_case(place, settings):
+def ppo_case(place, settings) -> tuple[Sequences, Any, dict[str, Any]]:
     """Sequences, a value model with something to say, and what an update of them needs to know."""
     sequences = place.sample(place.task.prompts[:6], 1, 0)
     torch.manual_seed(1)
-    value = ppo.ValueHead(place) if settings.shared else ppo.ValueNetwork(place, settings)
+    value = ppo.ValueHead(place) if settings.shared else ppo.ValueNetwork.of(place, settings)
     for parameter in value.parameters():
         if parameter.shape[0] == 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -119,7 +120,7 @@ def test_ppo_gradients_are_those_of_plain_pytorch_however_they_are_packed(world,
         ratio = (logprobs - of["old_logprobs"]).exp()
         gain = torch.minimum(ratio * of["advantages"], ratio.clamp(0.8, 1.2) * of["advantages"])
         ids = torch.tensor([[*prompt, *completion.token_ids]])
-        body = policy.model if shared else value.model.model
+        body: Any = policy.model if shared else value.model.model
         body.set_attn_implementation("eager")
         states = body.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
         body.set_attn_implementation(ATTENTION_NAME)
@@ -247,7 +248,7 @@ def test_all_algorithms_have_as_many_settings_to_choose_from():
 
 def test_the_value_network_can_begin_as_the_reward_model(world):
     place = lab(world)
-    value = ppo.ValueNetwork(place, PPO(value_from="reward_model"))
+    value = ppo.ValueNetwork.of(place, PPO(value_from="reward_model"))
     own, theirs = value.model.model.base_model, place.reward_models[0].model.base_model
     for name, weight in theirs.state_dict().items():
         torch.testing.assert_close(own.state_dict()[name], weight)

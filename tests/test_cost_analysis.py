@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.cost import analysis, curves, tables
+from benchmarks.cost import analysis, curves, tables, terms
 from benchmarks.cost.verdicts import choices, comparisons, ratio_text, standing, verdicts
 from grpo_fast.errors import UserError
 from tests.cost_records import cell, lively_record, point, record_of
@@ -93,7 +93,7 @@ def test_one_seed_gives_no_interval_and_no_order():
         and found.interval is None
         and standing(found) == "uncertain"
     )
-    assert any("no interval" in line for line in analysis.warnings(record))
+    assert any("no interval" in line for line in terms.warnings(record))
     assert any("one seed gives no interval" in line for line in verdicts(record))
 
 
@@ -144,7 +144,7 @@ def test_without_a_judge_what_it_would_measure_is_left_out():
             del entry["over_refusal"]
     record = record_of(cells)
     assert "over_refusal" not in comparisons(record, "ppo") and "mean" in comparisons(record, "ppo")
-    assert any("no judge" in line for line in analysis.warnings(record))
+    assert any("no judge" in line for line in terms.warnings(record))
     assert not any("over-refusal" in name for table in tables.tables(record) for name in table.head)
 
 
@@ -196,36 +196,58 @@ def test_fronts_name_who_is_on_them():
 
 def test_mixed_devices_and_commits_are_flagged():
     clean = [paced(name, seed, 1) for name in ("grpo", "ppo") for seed in range(5)]
-    assert analysis.warnings(record_of(clean)) == []
+    assert terms.warnings(record_of(clean)) == []
     mixed = record_of([*clean[:-1], clean[-1] | {"device": "Xeon", "commit": "b" * 40 + "+"}])
-    text = " ".join(analysis.warnings(mixed))
+    text = " ".join(terms.warnings(mixed))
     assert (
         "different devices (AMD EPYC, Xeon)" in text and "different commits (aaaaaaaaaa, bbbbbbbbbb+)" in text
     )
     assert "in no commit" in text
-    assert "1 or 2 threads" in analysis.mixed(record_of([*clean[:-1], clean[-1] | {"threads": 2}]))[0]
+    assert "1 or 2 threads" in terms.mixed(record_of([*clean[:-1], clean[-1] | {"threads": 2}]))[0]
     other = record_of(clean) | {"device": "Xeon"}
-    assert "different devices" in analysis.mixture([record_of(clean), other])[0]
-    assert analysis.mixture([record_of(clean)] * 2) == []
+    assert "different devices" in terms.mixture([record_of(clean), other])[0]
+    assert terms.mixture([record_of(clean)] * 2) == []
 
 
 def test_a_missing_cell_and_an_early_end_are_said():
     record = record_of([paced("grpo", 0, 1), paced("grpo", 1, 1), paced("ppo", 0, 1)])
     record["algorithms"]["dpo"] = {"title": "DPO", "family": "dpo", "settings": {}}
     record["budget"]["wall_s"] = 500.0
-    text = " ".join(analysis.warnings(record))
+    text = " ".join(terms.warnings(record))
     assert "PPO: not measured with seed 1." in text and "DPO offline: not measured." in text
     assert "GRPO ended before the budget of wall time was used up (seeds 0, 1)" in text
 
 
 def test_unequal_terms_are_refused_by_name():
     cells = [paced("grpo", 0, 1), paced("ppo", 0, 1), paced("ppo", 1, 1)]
-    analysis.check_equal_terms(record_of(cells))
+    terms.check_equal_terms(record_of(cells))
     cells[1]["fingerprint"] = cells[1]["fingerprint"] | {"reward_model": "another"}
     with pytest.raises(UserError, match=r"ppo, seed 0 had another reward model than grpo"):
-        analysis.check_equal_terms(record_of(cells))
+        terms.check_equal_terms(record_of(cells))
     with pytest.raises(UserError, match="grpo, seed 0 is in the record twice"):
-        analysis.check_equal_terms(record_of([cells[0], cells[0]]))
+        terms.check_equal_terms(record_of([cells[0], cells[0]]))
+
+
+def test_a_process_that_left_nothing_behind():
+    died = cell(
+        "dpo", 0, [], status="failed", why="its process ended with -9", memory=None, phase_s={}, flops={}
+    )
+    died |= {"fingerprint": None}
+    del died["device"], died["commit"]
+    record = record_of([died, *(paced(name, 0, 1) for name in ("grpo", "ppo"))])
+    terms.check_equal_terms(record)
+    assert len(tables.tables(record)) == 8 and terms.mixed(record) == []
+    record["cells"][1]["fingerprint"] = record["cells"][1]["fingerprint"] | {"start": "another"}
+    with pytest.raises(UserError, match="ppo, seed 0 had another start than grpo"):
+        terms.check_equal_terms(record)
+
+
+def test_a_currency_without_a_budget_sets_no_target():
+    record = record_of([paced(name, seed, 1) for name in ("grpo", "ppo") for seed in range(5)])
+    record["budget"] = {"wall_s": 100.0, "generated_tokens": 0.0}
+    head = analysis.headline(record)
+    assert head is not None and head.level == pytest.approx(0.7)
+    assert terms.warnings(record) == [] and analysis.equal_cost(record, "generated_tokens") == 100.0
 
 
 def test_a_diverged_cell_counts_against_its_algorithm():
@@ -234,7 +256,7 @@ def test_a_diverged_cell_counts_against_its_algorithm():
     record = record_of([*cells, broken])
     found = comparisons(record, "ppo")["wall_s"]
     assert len(found.pairs) == 3 and found.estimate[1] == math.inf and standing(found) == "ahead"
-    assert any("seed 2: diverged (loss is not finite)" in line for line in analysis.warnings(record))
+    assert any("seed 2: diverged (loss is not finite)" in line for line in terms.warnings(record))
     assert "PPO reached the target with 2 of 3 seeds." in verdicts(record)[-1]
 
 
@@ -244,7 +266,7 @@ def test_a_cell_without_any_evaluation_leaves_nothing_certain():
     record = record_of([*cells, failed])
     found = comparisons(record, "dpo")
     assert standing(found["mean"]) == "uncertain" and standing(found["memory"]) == "uncertain"
-    assert tables.tables(record) and any("it has no evaluation" in line for line in analysis.warnings(record))
+    assert tables.tables(record) and any("it has no evaluation" in line for line in terms.warnings(record))
 
 
 def test_the_sentences_say_where_grpo_loses():

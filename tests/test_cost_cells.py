@@ -1,19 +1,20 @@
 """The ledger, a cell as a whole, and the sweep: what counts, what ends a run, what is kept when one is cut off."""
 
 import json
-import signal
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.cost import __main__ as command
 from benchmarks.cost import sweep
-from benchmarks.cost.cell import inputs_of, run
+from benchmarks.cost.cell import Job, inputs_of, run
 from benchmarks.cost.examiner import distinct_pairs, fingerprint
 from benchmarks.cost.ledger import Budget, Diverged, Ledger
 from grpo_fast.errors import UserError
@@ -132,20 +133,20 @@ def test_distinct_pairs_and_fingerprints():
     assert fingerprint(layer) != before
 
 
-def fake(folder: Path, name: str, body: str, monkeypatch) -> dict[Path, object]:
+def fake(folder: Path, name: str, body: str, monkeypatch) -> dict[Path, Job]:
     """A sweep of one job whose process runs `body`."""
     script = folder / f"{name}.py"
     script.write_text(f"import sys, json, time\n{body}\n")
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        sweep.subprocess,
-        "Popen",
-        lambda words, **options: popen([sys.executable, script, *words[3:]], **options),
-    )
+
+    def start(words, **options):
+        return subprocess.Popen([sys.executable, script, *words[3:]], **options)
+
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
     return {folder / f"{name}.json": job(folder, "grpo")}
 
 
-DONE = "open(sys.argv[2], 'w').write(json.dumps({'status': 'finished', 'why': None, 'curve': [{'wall_s': 1, 'mean': 0.5}]}))"
+CELL = "{'status': 'finished', 'why': None, 'curve': [{'wall_s': 1, 'mean': 0.5}]}"
+DONE = f"open(sys.argv[2], 'w').write(json.dumps({CELL}))"
 
 
 def test_what_is_finished_is_not_run_again_and_what_changed_is(tmp_path, monkeypatch):
@@ -177,40 +178,38 @@ def test_refused_settings_end_the_sweep_in_one_line(tmp_path, monkeypatch):
         sweep.run_all(jobs, parallel=1, tell=lambda _: None)
 
 
+def test_an_interrupted_sweep_loses_no_finished_cell(tmp_path, monkeypatch):
+    jobs = fake(tmp_path, "first", DONE, monkeypatch)
+    slow = fake(tmp_path, "second", f"time.sleep(0 if 'first' in sys.argv[2] else 60); {DONE}", monkeypatch)
+
+    def interrupted(line):
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_all(jobs | slow, parallel=2, tell=interrupted)
+    first, second = next(iter(jobs)), next(iter(slow))
+    assert first.is_file() and not second.is_file()
+    before, lines = first.stat().st_mtime_ns, []
+    fake(tmp_path, "second", DONE, monkeypatch)
+    sweep.run_all(jobs | slow, parallel=2, tell=lines.append)
+    assert first.stat().st_mtime_ns == before and second.is_file()
+    assert lines[0] == "1 of 2 are finished already" and time.monotonic() - started < 30
+
+
 @pytest.mark.slow
-def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
-    settings = tmp_path / "tiny.toml"
-    job(tmp_path)
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks.cost",
-        "--config",
-        str(settings),
-        "--algorithms",
-        "grpo",
-        "ppo",
-        "dpo",
-    ]
-    words += ["--seeds", "0", "--search", "off", "--choices", str(tmp_path / "none.json"), "--jobs", "1"]
-    words += ["--budget-wall", "0.3", "--eval-size", "8", "--folder", str(tmp_path / "runs")]
-    words += ["--output", str(tmp_path / "record.json")]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "grpo, seed 0: finished" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    process.stderr.close()
-    assert process.wait(60) == 130
-    first = tmp_path / "runs" / "cells" / "grpo-0.json"
-    before = first.stat().st_mtime_ns
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == 0, done.stderr
-    assert first.stat().st_mtime_ns == before
+def test_the_whole_command(world, tmp_path):
+    folder = tmp_path / "runs"
+    shutil.copytree(world / "seed-0", folder / "seed-0")
+    words = f"--config {world / 'tiny.toml'} --algorithms grpo dpo_online --seeds 0 --search off --jobs 2"
+    words += f" --choices {tmp_path / 'none.json'} --budget-wall 0.3 --eval-size 8 --folder {folder}"
+    words += f" --output {tmp_path / 'record.json'}"
+    assert command.main(words.split()) == 0
     record = json.loads((tmp_path / "record.json").read_text())
-    assert [cell["algorithm"] for cell in record["cells"]] == ["grpo", "ppo", "dpo"]
-    assert (tmp_path / "runs" / "report.html").is_file()
+    assert [cell["algorithm"] for cell in record["cells"]] == ["grpo", "dpo_online"]
+    assert all(cell["status"] == "finished" for cell in record["cells"])
+    assert record["cells"][0]["fingerprint"] == record["cells"][1]["fingerprint"]
+    assert (folder / "report.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_record_fills_the_page(made):
     text = made.read_text(encoding="utf-8")
     assert "| wall time | GRPO without KL |" in text
     assert "> **PPO shared trunk, seed 1: diverged (loss is not finite at step 42)" in text
-    assert "Not measured yet: `python -m benchmarks.cost.peers`" in text
+    assert "Not measured yet: `python -m benchmarks.cost.peers --dpo-python" in text
     assert "Not measured yet: `python -m benchmarks.cost` " not in text
     assert text.index("| what counts |") < 2500  # the answer stands in the first screen
     named = re.findall(r"benchmarks/results/(cost-cpu-\w+\.png)", text)
@@ -66,13 +66,20 @@ def test_records_of_two_machines_stand_side_by_side_only_with_a_word(made):
 
 def test_other_records_are_shown(made):
     records = page.read_records(made.parent)
-    records["ablations-cpu"] = {
-        "benchmark": "whatever",
+    ends = {"flops": 1e9, "memory": 2**21, "seconds": 0.5}
+    case = {"algorithm": "ppo", "name": "hidden 192", "predicted": ends, "measured": ends | {"seconds": 0.4}}
+    case |= {"ratio": {"flops": 1.0, "memory": 1.0, "seconds": 1.25}}
+    bars = {"flops": 0.05, "memory": 0.15, "seconds": 0.2}
+    records["cost-model-cpu"] = {
+        "benchmark": "cost-model",
         "device": "AMD EPYC",
-        "median_s": {"packed": 0.5, "padded": 1.0},
+        "bars": bars,
+        "cases": [case],
     }
+    records["cost-peers-cpu"] = {"benchmark": "unknown", "device": "AMD EPYC", "median_s": {"padded": 1.0}}
     text = page.rewritten(page.PAGE.read_text(encoding="utf-8"), records)
-    assert "| padded | 1,000 |" in text
+    figures = "| 1.000 | 1.000 | 1.000 | 2.000 | 2.000 | 1.000 | 0.5000 | 0.4000 | 1.250 | seconds |"
+    assert f"| ppo, hidden 192 {figures}" in text and "| padded | 1,000 |" in text
 
 
 def test_unequal_terms_make_no_page(tmp_path):

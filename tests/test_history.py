@@ -114,6 +114,8 @@ def test_what_is_slower_twice_fails_and_what_is_once_does_not(tmp_path, monkeypa
     out = capsys.readouterr().out
     assert asked[1] == ["t::slow", ANCHOR]
     assert "1 slower, 3 same" in out and out.index("t::slow") < out.index("t::fast")
+    page = (tmp_path / "report.html").read_text()
+    assert page.index("t::slow") < page.index("t::fast") and "<dd>a CPU</dd>" in page
     [line] = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert set(json.loads(line)["median_and_quartiles_s"]) == set(MEDIANS) and len(line) < 1000
     fake(monkeypatch, made(1, factor=slowed), made(2))

@@ -111,3 +111,15 @@ def test_what_is_no_record_is_refused_in_one_line(tmp_path):
     picture.write_bytes(b"text")
     with pytest.raises(UserError, match="no PNG or JPEG"):
         write_page(tmp_path / "p.html", title="", what="", record={}, pictures=[Picture(path=picture)])
+
+
+def test_a_bare_machine_keeps_its_record_without_a_page(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "x.json"
+    source.write_text('{"benchmark": "x"}')
+
+    def absent(*_, **__):
+        raise ModuleNotFoundError("No module named 'rich'")
+
+    monkeypatch.setattr(page, "render", absent)
+    assert page.page_of(source) is None and not source.with_suffix(".html").exists()
+    assert "no page made of it (No module named 'rich')" in capsys.readouterr().err

@@ -185,7 +185,7 @@ def test_the_architectures_have_their_sizes():
         with torch.device("meta"):
             model = model_of(shape, tokenizer_of(1024), device="meta")
         sizes[name] = sum(p.numel() for p in model.parameters())
-    assert sizes == {"0.5b": 494032768, "1.5b": 1543714304, "7b": 7615616512}
+    assert sizes == {"0.5b": 494032768, "1.5b": 1543714304, "7b": 7615616512, "14b": 14770033664}
 
 
 def test_gpu_cases_need_a_gpu_and_known_names(tmp_path, capsys):

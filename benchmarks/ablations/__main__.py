@@ -28,7 +28,7 @@ from benchmarks.ablations.ideas import STEP
 from benchmarks.ablations.picture import draw
 from benchmarks.ablations.record import ablations, quality, tables
 from benchmarks.ablations.work import FULL, QUICK, Scale, World
-from benchmarks.page import Picture, cell, command_line, write_page
+from benchmarks.page import cell, command_line, page_of
 from benchmarks.step import timing
 from benchmarks.step.__main__ import header
 from benchmarks.step.passes import SAME
@@ -140,37 +140,8 @@ def save(record: dict[str, Any], output: Path) -> None:
     """JSON, picture and page."""
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(record, indent=1) + "\n")
-    picture = output.with_suffix(".png")
-    draw(record, picture)
-    work = record["work"]
-    write_page(
-        output.with_suffix(".html"),
-        title="Which idea pays",
-        what=(
-            f"One step of {work['prompts']} prompts with {work['group']} completions each "
-            f"({work['completion_tokens_all']:,} tokens), and the same step with one idea removed at a time: the same "
-            "weights, the same rollout, the same loss. Gradients, scores and log-probs were compared first, contenders "
-            "took turns, and memory was measured in a process of its own each."
-        ),
-        record=record,
-        tables=tables(record),
-        pictures=[Picture(path=picture)],
-        notes=NOTES,
-        source=output,
-    )
-
-
-NOTES = (
-    "The whole step is the sum of its parts (generation, scoring, advantages, update, optimizer); without an idea it "
-    "is that sum and the difference between the part without it and the part with it.",
-    "Memory is the process's high-water mark over what it held before, with its libraries loaded. AdamW's states, "
-    "which every contender needs alike, are not in it.",
-    "The reference is the policy itself, as at the start of a run, where the KL term's gradient is zero. With a KL "
-    "term no sequence is without signal, so none is skipped: that is part of its price.",
-    "Generation makes completions of one length. What sharing prompts and skipping save grows with the prompts' share "
-    "of the tokens and with the share of groups without signal: both are in the record's work.",
-    "FLOPs are those of products with weights; attention's own are left out.",
-)
+    draw(record, output.with_suffix(".png"))
+    page_of(output)
 
 
 if __name__ == "__main__":

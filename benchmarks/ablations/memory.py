@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.ablations.contenders import CONTENDERS
 from benchmarks.ablations.work import WARM_UP, Scale, World
-from benchmarks.loss_head import resident
+from benchmarks.machine import forget_peak, resident
 
 
 def measure(names: Sequence[str], scale: Scale, *, repeats: int) -> dict[str, dict[str, Any]]:
@@ -72,6 +72,6 @@ def once(name: str, scale: Scale) -> dict[str, int]:
     contender = CONTENDERS[name](World(scale))
     gc.collect()
     held = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    forget_peak()
     contender.run()
     return {"held_bytes": max(0, held - before), "extra_bytes": max(0, resident("VmHWM") - held)}

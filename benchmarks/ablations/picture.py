@@ -33,20 +33,24 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         ]
         heights = [place + shift for place in places]
         time_axis.errorbar(values, heights, xerr=around, fmt="o", color=colour, ms=5, lw=1.4, label=label)
-        for value, height in zip(values, heights, strict=True):
+        for row, value, height in zip(rows, values, heights, strict=True):
             time_axis.annotate(
                 f"×{value:.2f}",
-                (value, height),
-                xytext=(0, 5),
+                (row[f"{key}_ci95"][1], height),
+                xytext=(5, 0),
                 textcoords="offset points",
-                ha="center",
-                fontsize=7,
+                va="center",
+                fontsize=7.5,
                 color=colour,
             )
+    time_axis.set_xscale("log")
+    time_axis.xaxis.set_major_formatter("{x:g}")
+    time_axis.xaxis.set_minor_formatter("{x:g}")
+    time_axis.set_xlim(right=1.15 * time_axis.get_xlim()[1])
     time_axis.axvline(1.0, color="grey", linewidth=0.8)
     time_axis.set_yticks(list(places), [f"{row['idea']}\n→ {row['removed']}" for row in rows], fontsize=8)
     time_axis.set_xlabel("time without the idea / with it (95% interval)", fontsize=9)
-    time_axis.legend(frameon=False, fontsize=8, loc="lower right")
+    time_axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     for side, colour, shift, label in ((0, KEPT, 0.19, "with the idea"), (1, REMOVED, -0.19, "without it")):
         found = [row["memory"][side] or {"held_bytes": 0, "extra_bytes": 0} for row in rows]
         held = [one["held_bytes"] / MIB for one in found]
@@ -57,10 +61,12 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         for height, total in zip(heights, map(sum, zip(held, extra, strict=True)), strict=True):
             memory_axis.text(total, height, f" {total:,.0f}", va="center", fontsize=7)
     memory_axis.set_xlabel("memory of the part, MiB (pale: models)", fontsize=9)
-    memory_axis.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.suptitle(f"One idea removed · {record['device']}, {record['threads']} threads", fontsize=10)
+    memory_axis.set_xlim(right=1.1 * memory_axis.get_xlim()[1])
+    memory_axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    threads = f"{record['threads']} thread{'s' * (record['threads'] > 1)}"
+    figure.suptitle(f"One idea removed · {record['device']}, {threads}", fontsize=10)
     for axis in (time_axis, memory_axis):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -151,6 +151,19 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
         )
     head = ["", "median, ms", "MiB", "sequences", "positions", "head tokens", "GFLOP"]
     found.append(Table(title="Every contender", head=head, rows=rows))
+    work = record["work"]
+    rows = [
+        ["prompts × completions", f"{work['prompts']} × {work['group']}"],
+        [
+            "prompt tokens",
+            f"{work['prompt_tokens_all']:,}, {' to '.join(map(str, work['prompt_tokens']))} each",
+        ],
+        ["completion tokens", f"{work['completion_tokens_all']:,}, log-normal, {work['longest']} at most"],
+        ["completions without signal", work["without_signal"]],
+        ["generation", f"{work['new_tokens']} tokens a completion"],
+        ["model", ", ".join(f"{name} {value}" for name, value in work["shape"].items())],
+    ]
+    found.append(Table(title="The step", head=["", ""], rows=rows))
     rows = []
     for row in record["quality"]:
         if "missing" in row:

@@ -24,6 +24,9 @@ from grpo_fast.models.reward_data import Head, Layout
 from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.models.self_check import hidden_states
 from grpo_fast.packing import PackedBatch
+from grpo_fast.task import lora_settings
+
+VALUE = Layout(heads=(Head(name="value"),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +62,36 @@ class PPO:
 
 
 class ValueNetwork(nn.Module):
-    """A decoder of its own with one output a token."""
+    """A decoder of its own with one output a token; where the policy is an adapter on a model, so is this."""
 
-    def __init__(self, lab: Lab, settings: PPO) -> None:
+    def __init__(self, model: RewardModel) -> None:
+        """`model` has one output, which is set to 0 everywhere."""
         super().__init__()
-        tokenizer, source = lab.policy.tokenizer, str(lab.start)
+        self.model = model.train()
+        for name, weight in model.named_parameters():
+            if ".score." in name:
+                nn.init.zeros_(weight)
+
+    @classmethod
+    def of(cls, lab: Lab, settings: PPO) -> ValueNetwork:
+        """A copy of the start policy, or of the first reward model, with an output of its own."""
+        source = str(lab.start)
         if settings.value_from == "reward_model":
             model = lab.reward_models[0]
-            if model.tokenizer.get_vocab() != tokenizer.get_vocab():
+            if model.tokenizer.get_vocab() != lab.policy.tokenizer.get_vocab():
                 raise UserError("value_from reward_model: its tokenizer is not the policy's; take policy")
             source = str(model.model.config.name_or_path)
-        self.model = RewardModel.from_backbone(
-            source,
-            Layout(heads=(Head(name="value"),)),
-            seed=lab.config.seed,
-            dtype=lab.policy.model.dtype,
-            device=lab.policy.device,
-            gradient_checkpointing=lab.config.policy.gradient_checkpointing,
-        ).train()
-        with torch.no_grad():
-            self.model.get_parameter("model.score.weight").zero_()  # every value begins as 0
+        return cls(
+            RewardModel.from_backbone(
+                source,
+                VALUE,
+                seed=lab.config.seed,
+                dtype=lab.policy.model.dtype,
+                device=lab.policy.device,
+                lora=lora_settings(lab.config),
+                gradient_checkpointing=lab.config.policy.gradient_checkpointing,
+            )
+        )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """(N,) float32: the value of the state each token was drawn in."""
@@ -99,18 +112,21 @@ class ValueHead(nn.Module):
         return self.score(states.float()).squeeze(1)
 
 
-def train(lab: Lab, settings: PPO) -> None:
-    """Train the lab's policy, and a value model beside it, until its ledger says that the budget is used up."""
+def train(lab: Lab, settings: PPO, value: ValueNetwork | ValueHead | None = None) -> None:
+    """Train the lab's policy, and a value model beside it, until its ledger says that the budget is used up.
+
+    `value` None: one is made as the settings say.
+    """
     task, policy, ledger = lab.task, lab.policy, lab.ledger
     reference = Reference(lab)
-    value = ValueHead(lab) if settings.shared else ValueNetwork(lab, settings)
+    value = value or (ValueHead(lab) if settings.shared else ValueNetwork.of(lab, settings))
     if settings.shared:
         optimizers = [lab.optimizer([*policy.trainable_parameters(), *value.parameters()], settings.lr)]
         rates = [settings.lr]
     else:
         optimizers = [
             lab.optimizer(policy.trainable_parameters(), settings.lr),
-            lab.optimizer(value.parameters(), settings.value_lr),
+            lab.optimizer([p for p in value.parameters() if p.requires_grad], settings.value_lr),
         ]
         rates = [settings.lr, settings.value_lr]
     queue = PromptQueue(len(task.prompts), lab.config.seed)

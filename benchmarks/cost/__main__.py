@@ -32,7 +32,7 @@ from benchmarks.cost.ledger import Budget
 from benchmarks.cost.page import report
 from benchmarks.cost.sweep import run_all
 from benchmarks.cost.tables import terminal
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from grpo_fast.config.resolve import resolve_device
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, prepare_libraries, run_command

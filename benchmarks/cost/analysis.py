@@ -1,8 +1,8 @@
-"""From a record of `python -m benchmarks.cost` to answers: targets, comparisons by seed, fronts, warnings.
+"""From a record of `python -m benchmarks.cost` to answers: targets, comparisons by seed, fronts.
 
 Everything is a plain function over the record (see `benchmarks.cost.__main__` for its layout). Every comparison is
 paired by seed: the cells of a seed share start policy, reward model, prompts and held-out prompts, and
-`check_equal_terms` refuses a record in which they do not. Sentences are made from it in `benchmarks.cost.verdicts`.
+`benchmarks.cost.terms` refuses a record in which they do not. Sentences are made from it in `benchmarks.cost.verdicts`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.cost.curves import (
-    CURRENCIES,
     Comparison,
     compared,
     cost_to_reach,
@@ -23,7 +22,6 @@ from benchmarks.cost.curves import (
     quality_at,
     reading,
 )
-from grpo_fast.errors import UserError
 
 GRPO = "grpo"
 BUDGETED = ("wall_s", "generated_tokens", "training_flops")
@@ -59,26 +57,6 @@ class Target:
     """The one that sentences speak of."""
 
 
-def check_equal_terms(record: dict[str, Any]) -> None:
-    """UserError naming the cell that started from, learned from or was asked something else than its seed's others."""
-    first: dict[int, dict[str, Any]] = {}
-    seen: set[tuple[str, int]] = set()
-    for cell in record["cells"]:
-        name = f"{cell['algorithm']}, seed {cell['seed']}"
-        if (cell["algorithm"], cell["seed"]) in seen:
-            raise UserError(f"{name} is in the record twice; a cell may be measured once")
-        seen.add((cell["algorithm"], cell["seed"]))
-        if cell["fingerprint"] is None:  # its process died before it could say
-            continue
-        other = first.setdefault(cell["seed"], cell)
-        for part in sorted(set(cell["fingerprint"]) | set(other["fingerprint"])):
-            if cell["fingerprint"].get(part) != other["fingerprint"].get(part):
-                raise UserError(
-                    f"{name} had another {part.replace('_', ' ')} than {other['algorithm']} of the same seed; "
-                    "cells of one seed must share it: measure this cell again"
-                )
-
-
 def name_of(record: dict[str, Any], algorithm: str) -> str:
     """An algorithm's name in tables, pictures and lists: without a comma."""
     title: str = record["algorithms"][algorithm]["title"]
@@ -106,6 +84,11 @@ def objectives_of(record: dict[str, Any]) -> list[str]:
     return next((list(cell["curve"][0]["judge"]) for cell in record["cells"] if cell["curve"]), [])
 
 
+def budgeted(record: dict[str, Any]) -> list[str]:
+    """The currencies that had a budget."""
+    return [money for money in BUDGETED if record["budget"].get(money)]
+
+
 def measured(record: dict[str, Any], quality: str) -> bool:
     """Whether any evaluation has this quality."""
     return any(not math.isnan(reading(point, quality)) for cell in record["cells"] for point in cell["curve"])
@@ -114,7 +97,7 @@ def measured(record: dict[str, Any], quality: str) -> bool:
 def equal_cost(record: dict[str, Any], currency: str) -> float:
     """The cost at which qualities are compared: the budget; of a currency without one, the least that a finished run
     spent in all (nothing is compared beyond what everybody has spent)."""
-    if currency in record["budget"]:
+    if currency in budgeted(record):
         return float(record["budget"][currency])
     return min((end(cell, currency) for cell in record["cells"] if cell["status"] == "finished"), default=0.0)
 
@@ -141,7 +124,10 @@ def targets(record: dict[str, Any]) -> list[Target]:
     for quality in ("mean", "worst"):
         starts = [quality_at(cell, "wall_s", 0.0, quality) for cell in record["cells"] if cell["curve"]]
         ends = [
-            min(mean_quality(record, name, money, equal_cost(record, money), quality) for money in BUDGETED)
+            min(
+                mean_quality(record, name, money, equal_cost(record, money), quality)
+                for money in budgeted(record)
+            )
             for name in algorithms_of(record)
         ]
         best = max((value for value in ends if not math.isnan(value)), default=-math.inf)
@@ -263,90 +249,6 @@ def fronts(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def mixed(record: dict[str, Any]) -> list[str]:
-    """What stands above every figure: that cells come from different machines or from different or unknown code."""
-    found = []
-    devices = sorted({cell["device"] for cell in record["cells"]} | {record["device"]})
-    if len(devices) > 1:
-        found.append(f"Cells come from different devices ({', '.join(devices)}): times do not compare.")
-    threads = sorted({cell.get("threads", record["threads"]) for cell in record["cells"]})
-    if len(threads) > 1:
-        found.append(f"Cells ran on {' or '.join(map(str, threads))} threads: times do not compare.")
-    commits = sorted({cell["commit"] for cell in record["cells"]} | {record["commit"]})
-    if len(commits) > 1:
-        found.append(
-            f"Cells come from different commits ({', '.join(map(short, commits))}): the code differs."
-        )
-    if any(commit.endswith("+") for commit in commits):
-        found.append("The code had changes that are in no commit (marked +).")
-    return found
-
-
-def warnings(record: dict[str, Any]) -> list[str]:
-    """What a reader must know before the figures: what is mixed, ended badly or early, or is missing; few seeds."""
-    found, cells = mixed(record), record["cells"]
-    if record["quick"]:
-        found.append(
-            "A quick run: small budgets, few seeds; it shows that everything works, not who is cheaper."
-        )
-    if any(cell.get("quality") == "reward" for cell in cells):
-        found.append("There was no judge: qualities are scores of the very reward model that was optimised.")
-    seeds = sorted({cell["seed"] for cell in cells})
-    if len(seeds) < 2:
-        found.append("One seed: no interval, and no order is certain.")
-    elif len(seeds) < 5:
-        found.append(f"{len(seeds)} seeds: the intervals are little more than the span of the seeds.")
-    for name in record["algorithms"]:
-        missing = [seed for seed in seeds if seed not in cells_of(record, name)]
-        if missing:
-            which = f"seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
-            found.append(
-                f"{name_of(record, name)}: not measured{'' if missing == seeds else f' with {which}'}."
-            )
-        found += [
-            f"{name_of(record, name)}, seed {seed}: {_ending(cell)}"
-            for seed, cell in cells_of(record, name).items()
-            if cell["status"] != "finished"
-        ]
-        for money in BUDGETED:
-            short_of = [
-                seed
-                for seed, cell in cells_of(record, name).items()
-                if cell["status"] == "finished" and end(cell, money) < 0.98 * record["budget"][money]
-            ]
-            if short_of:
-                found.append(
-                    f"{name_of(record, name)} ended before the budget of {CURRENCIES[money]} was used up "
-                    f"(seeds {', '.join(map(str, short_of))}): compared at what it had spent."
-                )
-    return found
-
-
-def mixture(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What must be said where records stand side by side: that machine, threads or code differ."""
-    found = []
-    for field, text in (("device", "devices"), ("threads", "numbers of threads"), ("commit", "commits")):
-        values = sorted({str(record[field]) for record in records if field in record})
-        if len(values) > 1:
-            shown = map(short, values) if field == "commit" else values
-            found.append(
-                f"The records below come from different {text} ({', '.join(shown)}); no figure of one is "
-                "compared with one of another."
-            )
-    return found
-
-
-def short(commit: str) -> str:
-    """The first ten digits of a commit, and its + where it has one."""
-    return commit[:10] + ("+" if commit.endswith("+") and len(commit) > 10 else "")
-
-
-def _ending(cell: dict[str, Any]) -> str:
-    why = f" ({cell['why'].rstrip('.')})" if cell.get("why") else ""
-    held = "its quality is that of its last evaluation" if cell["curve"] else "it has no evaluation"
-    return f"{cell['status']}{why}; it counts as never reaching any target, and {held}."
-
-
 def _pairs(record: dict[str, Any], first: str, second: str) -> list[tuple[int, dict, dict]]:
     a, b = cells_of(record, first), cells_of(record, second)
     return [(seed, a[seed], b[seed]) for seed in a if seed in b]
@@ -362,7 +264,7 @@ def _cost(record: dict[str, Any], cell: dict[str, Any], currency: str, target: T
         return cost, cost
     spent = end(cell, currency)
     broke_off = cell["status"] != "finished"
-    return (max(spent, record["budget"].get(currency, spent)) if broke_off else spent), math.inf
+    return (max(spent, record["budget"].get(currency) or spent) if broke_off else spent), math.inf
 
 
 def _peak(cell: dict[str, Any]) -> tuple[float, float]:

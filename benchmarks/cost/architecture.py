@@ -35,6 +35,7 @@ class AttentionLayers(NamedTuple):
 
     heads: int
     """Query heads"""
+    key_heads: int
     dim: int
     """D"""
     value_dim: int
@@ -121,8 +122,8 @@ class Architecture:
 class _Seen:
     """What the watched pass multiplied and added; travels through the model as `plan=`."""
 
-    layers: Counter[tuple[int, int, int, int | None]] = field(default_factory=Counter)
-    """(heads, D, Dv, window) of the attention layers"""
+    layers: Counter[tuple[int, int, int, int, int | None]] = field(default_factory=Counter)
+    """(heads, key heads, D, Dv, window) of the attention layers"""
     forward: int = 0
     by_input: int = 0
     by_weight: int = 0
@@ -143,7 +144,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     assert plan is not None
     if not plan.backward:
-        plan.layers[query.shape[1], query.shape[3], value.shape[3], sliding_window] += 1
+        plan.layers[query.shape[1], key.shape[1], query.shape[3], value.shape[3], sliding_window] += 1
     return paths.causal(query, key, value, scale=None, window=None).transpose(1, 2), None
 
 

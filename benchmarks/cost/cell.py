@@ -18,7 +18,7 @@ from benchmarks.cost.algorithms import ALGORITHMS
 from benchmarks.cost.examiner import Examiner, fingerprint
 from benchmarks.cost.lab import Lab, reward_models
 from benchmarks.cost.ledger import PHASES, Budget, Diverged, Ledger
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from grpo_fast.config.command_line import parse
 from grpo_fast.config.resolve import resolve_device
 from grpo_fast.config.settings import TrainConfig
@@ -140,7 +140,7 @@ def attempt(train: Callable[[], None], examiner: Examiner) -> tuple[str, str | N
         return "diverged", str(error)
     except (UserError, torch.OutOfMemoryError) as error:
         # the guard around the engine says in its own words that the weights are no longer finite
-        status = "diverged" if isinstance(error.__cause__, FloatingPointError) else "failed"
+        status = "diverged" if isinstance(error.__context__, FloatingPointError) else "failed"
         return status, " ".join(str(error).split())
     if examiner.worse():
         return "diverged", "worse than the start policy, by more than three standard errors"

@@ -147,7 +147,7 @@ def dpo_duel(
         return _fit(ring.lab(task=task), heldout, settings.beta)
 
     found = _examined(ring, task, sides, of_pairs) | {"pairs": len(pairs), "steps": steps}
-    if python:
+    if sides["trl"]["status"] == "finished":
         found["agreement"] = agreement(ring, pairs, settings, spec, python)
     return found
 
@@ -163,7 +163,7 @@ def ppo_duel(
     write_prompts((task.prompts[index].token_ids for index in taken), folder / "prompts.jsonl")
     lab = ring.lab(task=task)
     reward, constant = with_one_output(lab.reward_models[0], task.scorer.weights)
-    for name, model in (("reward", reward), ("value", ValueNetwork(lab, settings).model.model)):
+    for name, model in (("reward", reward), ("value", ValueNetwork.of(lab, settings).model.model)):
         model.save_pretrained(folder / name)
     spec = ring.common_spec(task) | {
         "reward": str(folder / "reward"),
@@ -213,15 +213,16 @@ def agreement(ring: Ring, pairs: Pairs, settings: DPO, spec: dict[str, Any], pyt
     The policy is the start policy moved at random, so that the margins are not 0.
     """
     lab, draw = ring.lab(), torch.Generator().manual_seed(0)
+    chosen = list(range(min(AGREEMENT_PAIRS, len(pairs))))
     moved, batch = ring.folder / "moved", ring.folder / "batch.jsonl"
     with torch.no_grad():
         for weight in lab.policy.parameters():
             noise = torch.randn(weight.shape, generator=draw)
             weight += 0.05 * weight.std().nan_to_num() * noise
     lab.policy.save(moved)
-    loss = dpo.add_up_gradients(lab, settings, pairs, list(range(AGREEMENT_PAIRS)))
+    loss = dpo.add_up_gradients(lab, settings, pairs, chosen)
     own = {name: weight.grad for name, weight in lab.policy.model.named_parameters()}
-    write_pairs(token_pairs(pairs)[:AGREEMENT_PAIRS], batch)
+    write_pairs(token_pairs(pairs)[: len(chosen)], batch)
     found = run_peer(python, "trl_dpo.py", spec | {"folder": str(moved), "batch": str(batch)}, threads=1)
     if found["status"] != "finished":
         return found

@@ -71,7 +71,7 @@ class Lab:
     frozen_size: Architecture
     """The reference's: the policy without adapters"""
     value_size: Architecture
-    """Of a value network on the policy's trunk, all of it trained"""
+    """Of a value network on the policy's trunk; with LoRA an adapter on it"""
     reward_sizes: list[Architecture]
 
     @classmethod
@@ -88,7 +88,7 @@ class Lab:
             start=start,
             size=Architecture.of(model, lora_settings(config), checkpointing=checkpointing),
             frozen_size=Architecture.of(model),
-            value_size=Architecture.of(model, heads=1, checkpointing=checkpointing),
+            value_size=Architecture.of(model, lora_settings(config), heads=1, checkpointing=checkpointing),
             reward_sizes=[
                 Architecture.of(reward.model.config, heads=len(reward.layout.names))
                 for reward in reward_models(task)

@@ -9,14 +9,14 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import forget_peak, resident, return_freed_memory
 from grpo_fast.optim.optimizer import Optimizer
 
 Phase = Literal["generate", "reward", "reference", "values", "update"]
@@ -32,8 +32,8 @@ class Budget:
     """What every run may spend. It goes on until all three are used up, at most `longest` times the seconds."""
 
     wall_s: float = math.inf
-    generated_tokens: float = math.inf
-    training_flops: float = math.inf
+    generated_tokens: float = 0.0
+    training_flops: float = 0.0
     steps: float = math.inf
     """Ends the run whatever is left of the others."""
     longest: float = 1.5
@@ -159,7 +159,7 @@ class Ledger:
         `working` is what the peak has beyond those: activations, caches, scratch. On a CPU the peak is of the resident
         memory over what was resident before the first step, so it has some MiB of the C library's own.
         """
-        trained = [master for optimizer in self._optimizers for master in optimizer.masters]
+        pairs = [pair for o in self._optimizers for pair in zip(o.parameters, o.masters, strict=True)]
         states = [
             value
             for optimizer in self._optimizers
@@ -167,16 +167,10 @@ class Ledger:
             for value in state.values()
             if isinstance(value, Tensor)
         ]
-        narrow = [
-            p for o in self._optimizers for p, m in zip(o.parameters, o.masters, strict=True) if p is not m
-        ]
-        masters = [
-            m for o in self._optimizers for p, m in zip(o.parameters, o.masters, strict=True) if p is not m
-        ]
+        copies = [master for parameter, master in pairs if parameter is not master]
         parts = dict(self._parts)
-        parts["optimizer"] = sum(map(_bytes, [*states, *masters]))
-        parts["gradients"] = sum(map(_bytes, trained))
-        assert len(narrow) == len(masters)
+        parts["optimizer"] = sum(map(_bytes, [*states, *copies]))
+        parts["gradients"] = sum(_bytes(master) for _, master in pairs)
         grown = parts["optimizer"] + parts["gradients"]
         held = sum(self._parts.values())
         parts["working"] = max(0, self._peak.bytes - (grown if self._peak.relative else grown + held))
@@ -190,7 +184,8 @@ def _bytes(tensor: Tensor) -> int:
 class _Peak:
     """The most memory in use between `begin` and `end`, over all such spans.
 
-    Of a GPU what PyTorch handed out; of a CPU the growth of the resident memory since the first span began.
+    Of a GPU what PyTorch handed out; of a CPU the growth of the resident memory since the first span began, 0 where
+    the system does not tell.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -203,30 +198,15 @@ class _Peak:
         if not self.relative:
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        _forget_peak()
-        if self._base is None:
-            self._base = _resident("VmRSS")
+        with suppress(OSError):
+            if self._base is None:
+                return_freed_memory()  # of the evaluation before the first step
+            forget_peak()
+            if self._base is None:
+                self._base = resident("VmRSS")
 
     def end(self) -> None:
         if not self.relative:
             self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self._device))
         elif self._base is not None:
-            self.bytes = max(self.bytes, _resident("VmHWM") - self._base)
-
-
-def _forget_peak() -> None:
-    """Linux forgets the process's highest resident memory where it is told to; elsewhere it stays."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (most) of this process in bytes; 0 where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    found = next((line for line in lines if line.startswith(f"{field}:")), "VmRSS: 0 kB")
-    return int(found.split()[1]) * 1024
+            self.bytes = max(self.bytes, resident("VmHWM") - self._base)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cost import tables
-from benchmarks.cost.analysis import check_equal_terms, fronts, mixed, mixture, name_of, short, warnings
+from benchmarks.cost.analysis import budgeted, fronts, name_of
+from benchmarks.cost.curves import CURRENCIES
+from benchmarks.cost.terms import check_equal_terms, mixed, mixture, short, warnings
 from benchmarks.cost.verdicts import on_figures, verdicts
 from benchmarks.page import Picture, Table, read_record, write_page
 from benchmarks.page_tables import shown
@@ -27,9 +29,9 @@ PAGE = ROOT / "docs" / "cost.md"
 RECORDS = {
     "cost-cpu": "python -m benchmarks.cost",
     "cost-quick-cpu": "python -m benchmarks.cost --quick",
-    "cost-model-cpu": "python -m benchmarks.cost.model",
-    "cost-peers-cpu": "python -m benchmarks.cost.peers",
-    "ablations-cpu": "python -m benchmarks.ablations",
+    "cost-model-cpu": "python -m benchmarks.cost.model --check --output benchmarks/results/cost-model-cpu.json",
+    "cost-peers-cpu": "python -m benchmarks.cost.peers --dpo-python DPO/bin/python --ppo-python PPO/bin/python",
+    "ablations-cpu": "python -m benchmarks.ablations --output benchmarks/results/ablations-cpu.json",
 }
 """Names of the records, without .json, and the commands that make them."""
 TITLES = {
@@ -157,13 +159,18 @@ def _fronts(records: Records) -> str:
 
 def _search(records: Records) -> str:
     def text(record: dict[str, Any]) -> str:
-        tried = sorted({row["seed"] for row in record.get("search") or []})
-        shared = sorted(set(tried) & {cell["seed"] for cell in record["cells"]})
-        said = f"Tried with seed{'s' if len(tried) != 1 else ''} {', '.join(map(str, tried)) or '–'}"
+        table = tables.search_table(record)
+        if table is None:
+            return (
+                f"There was no search: settings are {record.get('settings_source', 'as they are written')}."
+            )
+        seeds = sorted({row["seed"] for row in record["search"]})
+        again = sorted(set(seeds) & {cell["seed"] for cell in record["cells"]})
+        said = f"Tried with seed{'s' if len(seeds) != 1 else ''} {', '.join(map(str, seeds))}"
         said += (
-            f"; of these {', '.join(map(str, shared))} also compared." if shared else ", not compared here."
+            f"; {', '.join(map(str, again))} also compared." if again else ", which is compared no further."
         )
-        return "\n\n".join([_table(tables.search_table(record)), said])
+        return "\n\n".join([_table(table), said])
 
     return _of(records, "cost-cpu", text)
 
@@ -173,6 +180,17 @@ def _quick(records: Records) -> str:
         return "\n\n".join([_provenance(record), _table(tables.cost_table(record))])
 
     return _of(records, "cost-quick-cpu", text)
+
+
+def _ablations(records: Records) -> str:
+    def text(record: dict[str, Any]) -> str:
+        from benchmarks.ablations import record as made
+
+        rows = [_table(table) for table in made.tables(record)]
+        picture = "![What removing an idea costs](../benchmarks/results/ablations-cpu.png)"
+        return "\n\n".join([_origin(record), rows[0], picture, *rows[1:]])
+
+    return _of(records, "ablations-cpu", text)
 
 
 def _other(stem: str) -> Callable[[Records], str]:
@@ -199,12 +217,18 @@ def _provenance(record: dict[str, Any]) -> str:
     budget, work = record["budget"], record["work"]
     lines = [f"> **{line}**" for line in warnings(record)]
     lines.append(_origin(record))
+    shares = [f"{budget['wall_s']:.0f} s of wall time"] if budget.get("wall_s") else []
+    shares += [
+        f"{tables.number(budget[money])} {CURRENCIES[money]}"
+        for money in budgeted(record)
+        if money != "wall_s"
+    ]
+    said = [f"{key.replace('_', ' ')} {_amount(value)}" for key, value in work.items()]
     lines.append(
         f"{len(record['algorithms'])} algorithms, seeds {', '.join(map(str, seeds))}, {record['jobs']} "
         f"run{'s' if record['jobs'] != 1 else ''} at a time, {record['wall_s'] / 60:.0f} minutes in all. Budget of a "
-        f"run: {budget['wall_s']:.0f} s, {tables.number(budget['generated_tokens'])} generated tokens and "
-        f"{tables.number(budget['training_flops'])} training FLOPs. "
-        f"Work: {', '.join(f'{key} {_amount(value)}' for key, value in work.items())}."
+        f"run: {', '.join(shares)}. "
+        f"Work: {', '.join(said)}."
     )
     return "\n\n".join(lines)
 
@@ -245,7 +269,7 @@ BLOCKS: dict[str, Callable[[Records], str]] = {
     "quick": _quick,
     "model": _other("cost-model-cpu"),
     "peers": _other("cost-peers-cpu"),
-    "ablations": _other("ablations-cpu"),
+    "ablations": _ablations,
 }
 
 if __name__ == "__main__":

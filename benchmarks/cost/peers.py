@@ -25,7 +25,7 @@ import torch
 from benchmarks.cost.cell import Job, inputs_of, is_prepared, prepare_seed
 from benchmarks.cost.duels import LIMITS, Duel, dpo_duel, ppo_duel
 from benchmarks.cost.peer_table import table, verdict
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from benchmarks.page import command_line, page_of
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, prepare_libraries, run_command

@@ -20,9 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from benchmarks.cost.analysis import (
-    BUDGETED,
     GRPO,
     algorithms_of,
+    budgeted,
     cells_of,
     compare_costs,
     compare_memory,
@@ -30,12 +30,12 @@ from benchmarks.cost.analysis import (
     fronts,
     headline,
     measured,
-    mixed,
     name_of,
     objectives_of,
 )
 from benchmarks.cost.curves import CURRENCIES, Comparison, end, quality_at
 from benchmarks.cost.tables import PARTS, PHASES, number
+from benchmarks.cost.terms import mixed
 
 FAMILIES = {  # tones of a family, darkest first; within one the line style tells them apart too
     "grpo": ("#0b4f8a", "#3f8fd2", "#93c4ee"),
@@ -94,7 +94,7 @@ def quality(record: dict[str, Any]) -> Figure | None:
                     axis.plot(spent, quality_at(cell, money, spent), "x", color=colour, ms=7, mew=2)
             if len(cells) > 1:
                 axis.fill_between(costs, values.min(0), values.max(0), color=colour, alpha=0.12, lw=0)
-        if money in BUDGETED:
+        if money in budgeted(record):
             axis.axvline(equal_cost(record, money), color="#888888", lw=0.8, ls=(0, (2, 3)))
         axis.set_xlabel(CURRENCIES[money] + (", s" if money.endswith("_s") else ""))
         axis.xaxis.set_major_locator(MaxNLocator(5))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.cost.cell import Job
-from benchmarks.loss_head import commit, device_name
+from benchmarks.machine import commit, device_name
 from grpo_fast.errors import UserError
 from grpo_fast.run.metrics import write_atomically
 

@@ -8,10 +8,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.cost.analysis import (
-    BUDGETED,
     GRPO,
     Target,
     algorithms_of,
+    budgeted,
     cells_of,
     compare_costs,
     compare_memory,
@@ -22,9 +22,9 @@ from benchmarks.cost.analysis import (
     name_of,
     objectives_of,
     targets,
-    warnings,
 )
 from benchmarks.cost.curves import CURRENCIES, cost_to_reach, quality_at
+from benchmarks.cost.terms import warnings
 from benchmarks.cost.verdicts import (
     COSTS,
     choices,
@@ -111,7 +111,7 @@ def difference_table(record: dict[str, Any]) -> Table | None:
     others = [name for name in algorithms_of(record) if name != GRPO]
     if GRPO not in algorithms_of(record) or not others:
         return None
-    columns = [(quality, money) for quality in ("mean", "worst") for money in BUDGETED]
+    columns = [(quality, money) for quality in ("mean", "worst") for money in budgeted(record)]
     columns += [("over_refusal", "wall_s")] if measured(record, "over_refusal") else []
     rows = tuple(
         (
@@ -188,7 +188,7 @@ def memory_table(record: dict[str, Any]) -> Table | None:
 
 
 def search_table(record: dict[str, Any]) -> Table | None:
-    """The hyper-parameter search: every setting an algorithm was tried with and its quality, and what was chosen."""
+    """The hyper-parameter search: every setting an algorithm was tried with, its score, and what was chosen."""
     rows = []
     for name, about in record["algorithms"].items():
         tries = [row for row in record.get("search") or [] if row["algorithm"] == name]
@@ -199,7 +199,7 @@ def search_table(record: dict[str, Any]) -> Table | None:
         ]
         tried = "; ".join(f"{_settings(row['settings'], varied)}: {_reached(row)}" for row in tries)
         rows.append((name_of(record, name), about["title"], tried, _settings(about["settings"], varied)))
-    head = ("algorithm", "what it is", "tried: quality", "chosen")
+    head = ("algorithm", "what it is", "tried: reward model's score", "chosen")
     return Table(title="Hyper-parameter search", head=head, rows=tuple(rows)) if rows else None
 
 

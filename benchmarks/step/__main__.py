@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loss_head import commit, device_name, versions
+from benchmarks.machine import commit, device_name, versions
 from benchmarks.page import command_line, page_of
 from benchmarks.step import cpu, timing
 from grpo_fast.run.command import Parser, prepare_libraries, run_command

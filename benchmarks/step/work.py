@@ -53,8 +53,8 @@ class Shape:
     vocabulary: int
     tied: bool = True
 
-    def config(self, tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
-        """As transformers wants it."""
+    def config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2Config:
+        """As transformers wants it; without a tokenizer there is no padding token."""
         return Qwen2Config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -64,7 +64,7 @@ class Shape:
             intermediate_size=self.inner,
             tie_word_embeddings=self.tied,
             max_position_embeddings=32768,
-            pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+            pad_token_id=tokenizer.pad_token_id if tokenizer else None,  # pyright: ignore[reportArgumentType]
             eos_token_id=None,
             bos_token_id=None,
         )
@@ -84,6 +84,7 @@ QWEN = {
     "0.5b": Shape(hidden=896, layers=24, heads=14, key_heads=2, inner=4864, vocabulary=151936),
     "1.5b": Shape(hidden=1536, layers=28, heads=12, key_heads=2, inner=8960, vocabulary=151936),
     "7b": Shape(hidden=3584, layers=28, heads=28, key_heads=4, inner=18944, vocabulary=152064, tied=False),
+    "14b": Shape(hidden=5120, layers=48, heads=40, key_heads=8, inner=13824, vocabulary=152064, tied=False),
 }
 
 

@@ -8,9 +8,10 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from grpo_fast.attention.backends import SLOW, TABLE, Backend, Case, _fault, choose
-from grpo_fast.attention.function import use_packed_attention
+from grpo_fast.attention.function import attention, use_packed_attention
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
@@ -134,6 +135,22 @@ def test_a_fused_kernel_is_chosen(window, softcap, sinks: bool) -> None:
     wanted = Case(torch.device("cuda", 0), torch.bfloat16, 8, 2, 64, 64, window is not None, softcap, sinks)
     found = choose(wanted, plan)
     assert found.choice not in SLOW, {b.name: b.lacks(wanted) or _fault(b, wanted) for b in TABLE}
+
+
+def test_a_kernel_that_is_first_tried_inside_a_checkpointed_layer() -> None:
+    """The trial of a back end must not count among what the layer saves, or the backward pass ends the run."""
+    plan = grouped_plan(True)
+    [q, k, v], _ = case(plan, (8, 2), 64, False, torch.bfloat16)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, L, D)
+    q.requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        return attention(torch.nn.Module(), x, k, v, None, scaling=0.2, plan=plan)[0]
+
+    _fault.cache_clear()
+    (got,) = torch.autograd.grad(checkpoint(layer, q, use_reentrant=False).float().sum(), q)
+    (want,) = torch.autograd.grad(layer(q).float().sum(), q)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("window", [None, 7])
