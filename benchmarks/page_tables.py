@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks.cost import peer_table
 from benchmarks.page import Table
 
 Record = Mapping[str, Any]
@@ -194,6 +195,12 @@ def _variants(record: Record) -> list[Table]:
     return [Table(title="Gains", head=head, rows=rows, note=note)]
 
 
+def _cost_peers(record: Record) -> list[Table]:
+    head = ["", *peer_table.COLUMNS.values()]
+    verdicts = " ".join(f"{line}." for line in peer_table.sentences(record))
+    return [Table(title="Means over the seeds", head=head, rows=peer_table.rows(record), note=verdicts)]
+
+
 def _ablations(record: Record) -> list[Table]:
     from benchmarks.ablations.record import tables
 
@@ -287,5 +294,15 @@ SHOWN: dict[str, Shown] = {
         "Every mode trained with every seed from the same policy and the same reward model of that seed.",
         _variants,
         ("Quality on the miniature, by its rule judge.",),
+    ),
+    "cost-peers": (
+        "PPO and DPO against TRL's",
+        "The baselines of the cost comparison and TRL's trainers of the same algorithms, from the same start policy on "
+        "the same data with the same hyper-parameters, examined by the same code.",
+        _cost_peers,
+        (
+            _NOISE,
+            "The miniature's small policy; what the duel cannot equalise is in the record under limits.",
+        ),
     ),
 }

@@ -68,6 +68,7 @@ class Ledger:
         self._budget, self._device, self._examine = budget, device, examine
         self.spent = Spent()
         self.phase_s: dict[str, float] = defaultdict(float)
+        self.phase_cpu_s: dict[str, float] = defaultdict(float)
         self.flops: dict[str, int] = defaultdict(int)
         self.curve: list[dict[str, Any]] = []
         self._parts: dict[str, int] = {}
@@ -95,6 +96,7 @@ class Ledger:
         if self._running:
             wall, cpu = (new - old for new, old in zip(now, self._mark, strict=True))
             self.phase_s[self._running[-1]] += wall
+            self.phase_cpu_s[self._running[-1]] += cpu
             self.spent.wall_s += wall
             self.spent.cpu_s += cpu
         self._mark = now
