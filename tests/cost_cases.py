@@ -1,6 +1,7 @@
 """A world small enough to run every algorithm of the cost benchmark in seconds."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.tiny import write_config
 STEPS = {"steps": 2}
 
 
-def job(folder: Path, algorithm: str = "", *, flags: tuple[str, ...] = (), **choice: Any) -> Job:
+def job(folder: Path, algorithm: str = "", **choice: Any) -> Job:
     """A job in the tiny world of `folder`, of two steps."""
     settings = folder / "tiny.toml"
     if not settings.is_file():
@@ -25,7 +26,7 @@ def job(folder: Path, algorithm: str = "", *, flags: tuple[str, ...] = (), **cho
         algorithm=algorithm,
         seed=0,
         choice=choice,
-        flags=["--config", str(settings), *flags],
+        flags=["--config", str(settings)],
         budget=dict(STEPS),
         folder=str(folder / "seed-0"),
         threads=1,
@@ -43,13 +44,13 @@ def prepared(folder: Path) -> Path:
 def lab(
     folder: Path,
     *,
-    flags: tuple[str, ...] = (),
+    seed: int = 0,
     budget: Budget | None = None,
     wrap: Callable[[Task], Task] = lambda task: task,
     engine: Callable[[RolloutEngine], RolloutEngine] = lambda engine: engine,
 ) -> Lab:
     """A lab in a prepared folder, without an examiner."""
-    config = job(folder, flags=flags).config()
+    config = replace(job(folder), seed=seed).config()
     task = wrap(assemble(config, inputs_of(config), folder / "seed-0"))
     built = engine(builtin_engine(task.policy, max_rows=64, decode=task.decode))
     ledger = Ledger(budget or Budget(steps=2), task.policy.device)

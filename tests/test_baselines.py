@@ -252,3 +252,15 @@ def test_the_value_network_can_begin_as_the_reward_model(world):
     own, theirs = value.model.model.base_model, place.reward_models[0].model.base_model
     for name, weight in theirs.state_dict().items():
         torch.testing.assert_close(own.state_dict()[name], weight)
+
+
+def test_another_seed_another_order(world):
+    orders = [list(dpo.orders(64, DPO(), lab(world, seed=seed).seed(0))) for seed in (0, 1)]
+    assert orders[0] != orders[1]
+    assert sorted(pair for batch in orders[0] for pair in batch) == list(range(64))
+    sequences = lab(world).sample(lab(world).task.prompts[:8], 1, 0)
+    found = []
+    for seed in (0, 1):
+        batches = ppo.minibatches(lab(world, seed=seed), sequences, PPO(epochs=1), 0)
+        found.append([sorted(i for b in part for i in b.sequence_index.tolist()) for part in batches])
+    assert found[0] != found[1] and sorted(i for part in found[0] for i in part) == list(range(8))

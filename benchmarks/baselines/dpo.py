@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from grpo_kernels import linear_logprob
@@ -111,8 +112,7 @@ def new_pairs(lab: Lab, settings: DPO, queue: PromptQueue, reference: Reference,
 def orders(pairs: int, settings: DPO, seed: int) -> Iterator[list[int]]:
     """Which pairs each optimizer step has: all of them once an epoch, in an order of its own."""
     for epoch in range(settings.epochs if settings.online else 1):
-        draw = torch.Generator().manual_seed(seed * settings.epochs + epoch)
-        order = torch.randperm(pairs, generator=draw).tolist()
+        order = np.random.default_rng([seed, epoch]).permutation(pairs).tolist()
         for first in range(0, pairs, settings.pairs):
             yield order[first : first + settings.pairs]
 

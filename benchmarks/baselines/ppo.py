@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from grpo_kernels import LossConfig, linear_grpo_loss
 from torch import Tensor, nn
@@ -288,8 +289,7 @@ def minibatches(lab: Lab, sequences: Sequences, settings: PPO, step: int) -> Ite
     """The micro-batches of every optimizer step: all sequences once an epoch, in an order of its own."""
     count = len(sequences.completions)
     for epoch in range(settings.epochs):
-        draw = torch.Generator().manual_seed(lab.seed(step) * settings.epochs + epoch)
-        order = torch.randperm(count, generator=draw).tolist()
+        order = np.random.default_rng([lab.seed(step), epoch]).permutation(count).tolist()
         for part in range(settings.minibatches):
             low, high = count * part // settings.minibatches, count * (part + 1) // settings.minibatches
             yield sequences.packed(lab, order[low:high])
