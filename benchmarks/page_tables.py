@@ -61,6 +61,32 @@ def _cost(record: Record) -> list[Table]:
     return tables(dict(record))
 
 
+def _cost_sizes(record: Record) -> list[Table]:
+    rows = []
+    for found in record["models"]:
+        costs = found["algorithms"].values()
+        rows += [
+            [
+                f"{found['model']}: PFLOP a step",
+                *(f"{sum(each['pflop'].values()):.3g}" for each in costs),
+            ],
+            ["seconds a step", *(f"{each['step_s']:.3g}" for each in costs)],
+            [
+                "GiB on each GPU",
+                *(f"{each['peak_gib']:.0f}" + ("" if each["fits"] else " (does not fit)") for each in costs),
+            ],
+            [f"GPU-hours of {found['steps']} steps", *(f"{each['gpu_hours']:.3g}" for each in costs)],
+        ]
+    first = record["models"][0]
+    return [
+        Table(
+            title=f"{first['gpus']} GPUs, {first['work']}",
+            head=["", *(name.replace("_", " ") for name in first["algorithms"])],
+            rows=rows,
+        )
+    ]
+
+
 def _cost_model(record: Record) -> list[Table]:
     bars = record["bars"]
     unit = {"flops": (1e9, "GFLOP"), "memory": (2**20, "MiB"), "seconds": (1.0, "s")}
@@ -215,6 +241,13 @@ SHOWN: dict[str, Shown] = {
         "the same held-out prompts; comparisons are paired by seed.",
         _cost,
         (_NOISE,),
+    ),
+    "cost-sizes": (
+        "What a step would cost",
+        "FLOPs, memory and seconds of a step by the cost model; a step of PPO is two epochs of two minibatches, one of "
+        "DPO trains on the best and the worst of a group, so steps are not of equal worth.",
+        _cost_sizes,
+        ("Rates are published peaks times assumed shares, NOT measured; quality is not part of the model.",),
     ),
     "cost-model": (
         "The cost model against real steps",

@@ -1,6 +1,6 @@
 """What a step of GRPO, PPO and DPO would cost: FLOPs, memory and seconds for any decoder, on any machine with rates.
 
-    python -m benchmarks.cost.model                                    # Qwen2.5 0.5B, 7B, 14B on 8 x H200
+    python -m benchmarks.cost.model --output benchmarks/results/cost-sizes.json   # Qwen2.5 0.5B, 7B, 14B on 8 x H200
     python -m benchmarks.cost.model --model path/to/folder --gpus 4 --lora-rank 16
     OMP_NUM_THREADS=1 python -m benchmarks.cost.model --measure benchmarks/results/rates-cpu.json
     OMP_NUM_THREADS=1 python -m benchmarks.cost.model --check --rates benchmarks/results/rates-cpu.json \\
@@ -14,10 +14,12 @@ every micro-batch; the policy's stay whole, for every GPU generates with them. N
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,12 +30,14 @@ from benchmarks.cost.architecture import Architecture
 from benchmarks.cost.job import ALGORITHMS, Job, Load, Sizes, Step
 from benchmarks.cost.memory import Memory, memory
 from benchmarks.cost.rates import H200, STATE_TRAFFIC, Rates, measure_rates
+from benchmarks.machine import commit
 from benchmarks.step.work import QWEN
 from grpo_fast.errors import UserError, did_you_mean
 from grpo_fast.memory.choose import GIB
 from grpo_fast.models import pretrained
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.run.command import Parser, run_command
+from grpo_fast.run.metrics import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +187,7 @@ def _command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of --measure")
     parser.add_argument("--measure", metavar="FILE", help="measure this machine's rates and write them")
     parser.add_argument("--check", action="store_true", help="hold the model against real steps on this CPU")
-    parser.add_argument("--output", help="JSON of --check")
+    parser.add_argument("--output", help="JSON of the table, or of --check")
     args = parser.parse_args(argv)
     for name in ("gpus", "prompts", "group", "prompt_tokens", "token_budget", "steps"):
         if getattr(args, name) < 1:
@@ -208,6 +212,7 @@ def _command(argv: Sequence[str] | None) -> int:
 
         return check(Path(args.output) if args.output else None, rates if args.rates else None)
     console = Console(soft_wrap=True)
+    entries: list[dict[str, Any]] = []
     lora = LoraSettings(rank=args.lora_rank) if args.lora_rank else None
     for name, config in _configs(args.size, args.model):
         job = Job(
@@ -220,7 +225,18 @@ def _command(argv: Sequence[str] | None) -> int:
             token_budget=args.token_budget,
             gpus=args.gpus,
         )
-        console.print(table(name, job, rates, steps=args.steps))
+        costs = [cost(algorithm, job, rates) for algorithm in ALGORITHMS]
+        entries.append(entry(name, job, costs, steps=args.steps))
+        console.print(table(entries[-1], rates))
+    if args.output:
+        record = {
+            "benchmark": "cost-sizes",
+            "rates": f"{rates.device}: {rates.about}",
+            "assumed": not rates.measured,
+            "commit": commit(),
+            "models": entries,
+        }
+        write_atomically(Path(args.output), json.dumps(record, indent=1) + "\n")
     console.print(f"Rates: {rates.about}{'' if rates.measured else ' (ASSUMED, not measured)'}.")
     console.print(
         "GRPO compares the completions of a group, with a KL term. PPO takes one completion of as many prompts, two "
@@ -240,38 +256,60 @@ def _configs(sizes: Sequence[str], model: str | None) -> list[tuple[str, PreTrai
     return [(f"Qwen2.5 {size.upper()}", QWEN[size].config()) for size in sizes]
 
 
-def table(name: str, job: Job, rates: Rates, *, steps: int) -> Table:
-    """What every algorithm would cost at this size."""
+def entry(name: str, job: Job, costs: Sequence[Cost], *, steps: int) -> dict[str, Any]:
+    """What every algorithm would cost at this size, for a table or a file: PFLOP, GiB, seconds, GPU-hours."""
     adapter = f", LoRA rank {job.lora.rank}" if job.lora else ""
-    found = Table(
-        title=f"{name}{adapter} on {job.gpus} x {rates.device}: {job.prompts} prompts x {job.group}, "
-        f"{job.prompt_tokens} + {job.new_tokens} tokens",
-        title_justify="left",
+    return {
+        "model": f"{name}{adapter}",
+        "gpus": job.gpus,
+        "work": f"{job.prompts} prompts x {job.group}, {job.prompt_tokens} + {job.new_tokens} tokens",
+        "steps": steps,
+        "algorithms": {
+            each.algorithm: {
+                "pflop": {phase: work / 1e15 for phase, work in each.flops.items()},
+                "gib": {part: size / GIB for part, size in each.memory.parts.items()},
+                "peak_gib": each.memory.peak / GIB,
+                "shared_out": each.memory.shards,
+                "checkpointing": each.checkpointing,
+                "fits": each.fits,
+                "seconds": each.seconds,
+                "step_s": each.step_s,
+                "gpu_hours": steps * each.step_s * job.gpus / 3600,
+            }
+            for each in costs
+        },
+    }
+
+
+def table(found: dict[str, Any], rates: Rates) -> Table:
+    """An entry, phase by phase and part by part."""
+    costs = found["algorithms"].values()
+    drawn = Table(
+        title=f"{found['model']} on {found['gpus']} x {rates.device}: {found['work']}", title_justify="left"
     )
-    costs = [cost(algorithm, job, rates) for algorithm in ALGORITHMS]
-    found.add_column("a step", no_wrap=True)
-    for each in costs:
-        found.add_column(each.algorithm.replace("_", "\n"), justify="right")
-    for phase in dict.fromkeys(phase for each in costs for phase in each.flops):
-        found.add_row(f"PFLOP, {phase}", *(_number(each.flops.get(phase, 0.0) / 1e15) for each in costs))
-    found.add_row("PFLOP", *(_number(sum(each.flops.values()) / 1e15) for each in costs))
-    found.add_section()
-    for part in costs[0].memory.parts:
-        if not any(each.memory.parts[part] for each in costs):
-            continue
-        title = f"GiB, {part.replace('_', ' ')}"
-        found.add_row(title, *(_number(each.memory.parts[part] / GIB) for each in costs))
-    found.add_row("GiB, peak of a GPU", *(_number(each.memory.peak / GIB) for each in costs))
-    found.add_row("shared out", *(each.memory.shards for each in costs))
-    found.add_row("checkpointing", *("yes" if each.checkpointing else "no" for each in costs))
-    found.add_row("fits", *("yes" if each.fits else "NO" for each in costs))
-    found.add_section()
-    for phase in dict.fromkeys(phase for each in costs for phase in each.seconds):
-        found.add_row(f"seconds, {phase}", *(_number(each.seconds.get(phase, 0.0)) for each in costs))
-    found.add_row("seconds", *(_number(each.step_s) for each in costs))
-    hours = [steps * each.step_s * job.gpus / 3600 for each in costs]
-    found.add_row(f"GPU-hours of {steps} steps", *map(_number, hours))
-    return found
+    drawn.add_column("a step", no_wrap=True)
+    for name in found["algorithms"]:
+        drawn.add_column(name.replace("_", "\n"), justify="right")
+
+    def rows(title: str, field: str) -> None:
+        for key in dict.fromkeys(key for each in costs for key in each[field]):
+            values = [each[field].get(key, 0.0) for each in costs]
+            if any(values):
+                drawn.add_row(f"{title}, {key.replace('_', ' ')}", *map(_number, values))
+
+    rows("PFLOP", "pflop")
+    drawn.add_row("PFLOP", *(_number(sum(each["pflop"].values())) for each in costs))
+    drawn.add_section()
+    rows("GiB", "gib")
+    drawn.add_row("GiB, peak of a GPU", *(_number(each["peak_gib"]) for each in costs))
+    drawn.add_row("shared out", *(each["shared_out"] for each in costs))
+    drawn.add_row("checkpointing", *("yes" if each["checkpointing"] else "no" for each in costs))
+    drawn.add_row("fits", *("yes" if each["fits"] else "NO" for each in costs))
+    drawn.add_section()
+    rows("seconds", "seconds")
+    drawn.add_row("seconds", *(_number(each["step_s"]) for each in costs))
+    drawn.add_row(f"GPU-hours of {found['steps']} steps", *(_number(each["gpu_hours"]) for each in costs))
+    return drawn
 
 
 def _number(value: float) -> str:

@@ -30,6 +30,7 @@ RECORDS = {
     "cost-cpu": "python -m benchmarks.cost",
     "cost-quick-cpu": "python -m benchmarks.cost --quick",
     "cost-model-cpu": "python -m benchmarks.cost.model --check --output benchmarks/results/cost-model-cpu.json",
+    "cost-sizes": "python -m benchmarks.cost.model --output benchmarks/results/cost-sizes.json",
     "cost-peers-cpu": "python -m benchmarks.cost.peers --dpo-python DPO/bin/python --ppo-python PPO/bin/python",
     "ablations-cpu": "python -m benchmarks.ablations --output benchmarks/results/ablations-cpu.json",
 }
@@ -204,6 +205,15 @@ def _other(stem: str) -> Callable[[Records], str]:
     return lambda records: _of(records, stem, text)
 
 
+def _sizes(records: Records) -> str:
+    def text(record: dict[str, Any]) -> str:
+        _, what, found, notes = shown(record)
+        rates = f"Rates: {record['rates']}{' (**assumed, not measured**)' if record['assumed'] else ''}."
+        return "\n\n".join([what, rates, *map(_table, found), _bullets(notes)])
+
+    return _of(records, "cost-sizes", text)
+
+
 def _of(records: Records, stem: str, text: Callable[[dict[str, Any]], str]) -> str:
     """The text of a record, or that there is none yet."""
     if stem not in records:
@@ -268,6 +278,7 @@ BLOCKS: dict[str, Callable[[Records], str]] = {
     "search": _search,
     "quick": _quick,
     "model": _other("cost-model-cpu"),
+    "sizes": _sizes,
     "peers": _other("cost-peers-cpu"),
     "ablations": _ablations,
 }
