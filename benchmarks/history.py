@@ -31,7 +31,8 @@ from rich.text import Text
 
 from benchmarks.compare import ANCHOR, Change, compare, differences, merged, thinned
 from benchmarks.machine import commit, device_name, versions
-from benchmarks.page import Table, cell, write_page
+from benchmarks.page import write_page
+from benchmarks.tables import Table, cell
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import write_atomically

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from benchmarks.tables import Table, cell
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import write_atomically
@@ -25,19 +26,6 @@ LARGEST_INSIDE = 256 * 1024
 """Bytes of a record that the page still repeats; a larger one is only linked."""
 PROVENANCE = ("device", "threads", "jobs", "dtype", "clock", "quick", "versions", "commit", "date", "command")
 """What a record says of where it comes from, in the page's order; what it lacks is left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table of the page."""
-
-    title: str
-    head: Sequence[str]
-    """Names of the columns; the first one names the rows."""
-    rows: Sequence[Sequence[Any]]
-    """As many cells each as `head` has: text as it is, numbers with four digits, None as a dash."""
-    note: str = ""
-    """A sentence above the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +105,6 @@ def render(
         link=link,
         file=source.name if source else None,
     )
-
-
-def cell(value: Any) -> str:
-    """A table's cell as text."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
-        return text.rstrip(".").replace("-", "−")
-    return f"{value:,}".replace("-", "−") if isinstance(value, int) else str(value)
 
 
 def command_line() -> str:

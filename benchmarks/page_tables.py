@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.cost import peer_table
-from benchmarks.page import Table
+from benchmarks.tables import Table
 
 Record = Mapping[str, Any]
 _NOISE = "Times are of a machine that does other things too; compare within one record, never between two."

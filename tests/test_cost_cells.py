@@ -19,6 +19,7 @@ from benchmarks.cost.examiner import distinct_pairs, fingerprint
 from benchmarks.cost.ledger import Budget, Diverged, Ledger
 from grpo_fast.errors import UserError
 from tests.cost_cases import job, prepared
+from tests.tiny import save_policy, write_prompts
 
 CPU = torch.device("cpu")
 
@@ -210,6 +211,56 @@ def test_the_whole_command(world, tmp_path):
     assert all(cell["status"] == "finished" for cell in record["cells"])
     assert record["cells"][0]["fingerprint"] == record["cells"][1]["fingerprint"]
     assert (folder / "report.html").is_file()
+
+
+REWARD = """
+def even(prompts, completions, **columns):
+    return [{"even": sum(c in "aeiou" for c in text) / (1 + len(text))} for text in completions]
+"""
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dpo_online"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_users_own_model_prompts_and_reward(tmp_path, monkeypatch, name, lora_rank):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    save_policy(tmp_path / "policy", "llama")
+    write_prompts(tmp_path / "prompts.jsonl", 24)
+    settings = f"""
+[policy]
+model = "{tmp_path / "policy"}"
+lora_rank = {lora_rank}
+[data]
+prompts = "{tmp_path / "prompts.jsonl"}"
+eval_size = 4
+[reward]
+functions = ["my_rewards:even"]
+[rollout]
+prompts_per_step = 4
+group_size = 2
+max_new_tokens = 6
+[optim]
+lr = 1e-3
+"""
+    (tmp_path / "mine.toml").write_text(settings)
+    work = Job(
+        algorithm=name,
+        seed=0,
+        choice={"prompts": 4, "samples": 2} if name == "dpo_online" else {},
+        flags=["--config", "mine.toml"],
+        budget={"steps": 2},
+        folder=str(tmp_path / "runs"),
+        threads=1,
+    )
+    config = work.config()
+    cell = run(work, config, inputs_of(config))
+    assert cell["status"] == "finished", cell["why"]
+    assert cell["quality"] == "reward" and list(cell["curve"][-1]["judge"]) == ["even"]
+    assert "over_refusal" not in cell["curve"][-1] and cell["curve"][-1]["kl"] != 0
+    parts = cell["memory"]["parts"]
+    assert (parts["reference"] == 0) == bool(lora_rank) and parts["reward_model"] == 0
+    assert (parts["optimizer"] < parts["policy"]) == bool(lora_rank)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import page
-from benchmarks.page import Picture, Table, write_page
+from benchmarks.page import Picture, write_page
 from benchmarks.page_tables import SHOWN, medians
+from benchmarks.tables import Table
 from grpo_fast.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

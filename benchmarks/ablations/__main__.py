@@ -28,10 +28,11 @@ from benchmarks.ablations.ideas import STEP
 from benchmarks.ablations.picture import draw
 from benchmarks.ablations.record import ablations, quality, tables
 from benchmarks.ablations.work import FULL, QUICK, Scale, World
-from benchmarks.page import cell, command_line, page_of
+from benchmarks.page import command_line, page_of
 from benchmarks.step import timing
 from benchmarks.step.__main__ import header
 from benchmarks.step.passes import SAME
+from benchmarks.tables import cell
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
 from grpo_fast.run.metrics import write_atomically

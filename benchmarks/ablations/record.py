@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 
 from benchmarks.ablations.ideas import ABLATIONS, STEP
-from benchmarks.page import Table
 from benchmarks.step.timing import ratio_interval
+from benchmarks.tables import Table
 
 MIB = 2**20
 QUALITY = (

@@ -78,6 +78,8 @@ class ValueNetwork(nn.Module):
         """A copy of the start policy, or of the first reward model, with an output of its own."""
         source = str(lab.start)
         if settings.value_from == "reward_model":
+            if not lab.reward_models:
+                raise UserError("value_from reward_model: the rewards come from no model; take policy")
             model = lab.reward_models[0]
             if model.tokenizer.get_vocab() != lab.policy.tokenizer.get_vocab():
                 raise UserError("value_from reward_model: its tokenizer is not the policy's; take policy")

@@ -17,8 +17,9 @@ from benchmarks.cost.analysis import budgeted, fronts, name_of
 from benchmarks.cost.curves import CURRENCIES
 from benchmarks.cost.terms import check_equal_terms, mixed, mixture, short, warnings
 from benchmarks.cost.verdicts import on_figures, verdicts
-from benchmarks.page import Picture, Table, read_record, write_page
+from benchmarks.page import Picture, read_record, write_page
 from benchmarks.page_tables import shown
+from benchmarks.tables import Table
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import write_atomically

@@ -33,7 +33,7 @@ from benchmarks.cost.verdicts import (
     reached_by,
     verdicts,
 )
-from benchmarks.page import Table, cell
+from benchmarks.tables import Table, cell
 
 PHASES = ("generate", "reward", "reference", "values", "update")
 PARTS = ("policy", "reference", "value_model", "reward_model", "optimizer", "gradients", "working")

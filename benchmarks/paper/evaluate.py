@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import commit, device_name, versions
-from benchmarks.page import Picture, Table, command_line, write_page
+from benchmarks.page import Picture, command_line, write_page
 from benchmarks.paper.completions import WHEN, check_settings, complete, sampled_by, score
 from benchmarks.paper.judged import Jury, ratings_needed
 from benchmarks.paper.label import labelled
@@ -21,6 +21,7 @@ from benchmarks.paper.prepare import key_of
 from benchmarks.paper.results import COLUMNS, draw, print_table, summarise, table_rows
 from benchmarks.paper.rubrics import OBJECTIVES, require_independent, require_judge, rubrics_hash
 from benchmarks.paper.sources import KINDS
+from benchmarks.tables import Table
 from grpo_fast.config.command_line import parse
 from grpo_fast.config.resolve import resolve_device
 from grpo_fast.config.settings import TrainConfig
