@@ -290,10 +290,6 @@ def test_the_search_takes_the_best_reward_and_diverged_ones_last():
     assert command.best_choices(rows[1:2] + rows[3:]) == {"ppo": {"lr": 2}}
 
 
-def test_a_record_holds_no_number_that_json_does_not_have():
-    assert command.finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {"a": [None, 1.0], "b": None}
-
-
 def test_a_job_survives_its_file(world):
     work = job(world, "dpo", prompts=8)
     assert type(work)(**json.loads(json.dumps(asdict(work)))) == work

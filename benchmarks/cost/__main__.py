@@ -36,7 +36,7 @@ from benchmarks.machine import commit, device_name, versions
 from grpo_fast.config.resolve import resolve_device
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
-from grpo_fast.run.metrics import write_atomically
+from grpo_fast.run.metrics import finite, write_atomically
 
 RESULTS = Path("benchmarks/results")
 SEARCH_SEED = 100
@@ -290,15 +290,6 @@ def record_of(
         "search": search,
         "cells": cells,
     }
-
-
-def finite(value: Any) -> Any:
-    """The same without numbers that JSON does not have: they become null."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and value - value != 0 else value
 
 
 def tell(line: str) -> None:

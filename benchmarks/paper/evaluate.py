@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Row, read_rows
 from grpo_fast.errors import UserError, did_you_mean
 from grpo_fast.models.reward_set import read_saved
-from grpo_fast.run.metrics import write_atomically
+from grpo_fast.run.metrics import finite, write_atomically
 
 WHAT = (
     "The experiment of arXiv 2503.21819: a policy trained with GRPO on attack prompts, borderline and benign ones "
@@ -99,13 +98,13 @@ def evaluate(run: Path, args: argparse.Namespace, *, dry_run: bool, tell: Callab
         "versions": {"torch": torch.__version__, **versions()},
         "commit": commit(),
     }
-    write_atomically(output / "paper.json", json.dumps(_finite(record), indent=1))
+    write_atomically(output / "paper.json", json.dumps(finite(record), indent=1))
     draw(record, output / "paper.png")
     write_page(
         output / "report.html",
         title=f"Multi-objective GRPO, before and after: {config.policy.model}",
         what=WHAT,
-        record=_finite(record),
+        record=finite(record),
         tables=[Table(title="Before and after", head=COLUMNS, rows=table_rows(record))],
         pictures=[Picture(path=output / "paper.png")],
         notes=notes,
@@ -184,12 +183,3 @@ def _missing(figures: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {entry['missing']}" for name, entry in entries.items() if entry and entry["missing"]
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: None in its place."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

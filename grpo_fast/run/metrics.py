@@ -196,7 +196,7 @@ class RunLogger:
         """Write `summary.json`, whole or not at all. `wall_s` and `phase_s` are filled in when not given."""
         self._append("metrics.jsonl", [])
         filled = {"wall_s": round(self.wall_s, 3), "phase_s": self.rounded_phases(), **values}
-        text = json.dumps(_finite(filled), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(filled), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(self.path / "summary.json", text + "\n")
 
     def rounded_phases(self) -> dict[str, float]:
@@ -346,16 +346,16 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return _plain(value)
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(row), allow_nan=False) + "\n"
+    return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 def _import_wandb() -> Any:
