@@ -223,7 +223,7 @@ def test_a_back_end_that_is_first_tried_inside_a_checkpointed_layer() -> None:
     def layer(x: Tensor) -> Tensor:
         return attention(torch.nn.Module(), x, k, v, None, scaling=0.4, plan=plan)[0]
 
-    backends._fault.cache_clear()
+    backends.fault.cache_clear()
     checkpoint(layer, q, use_reentrant=False).sum().backward()
     assert q.grad is not None
     (expected,) = torch.autograd.grad(layer(q).sum(), q)

@@ -202,10 +202,10 @@ def choose(case: Case, plan: PackedPlan) -> Backend:
     rows = [backend for backend in TABLE if _wanted in ("auto", backend.choice)]
     for backend in rows:
         fits = plan.keys_per_query >= backend.least_keys or _wanted == backend.choice
-        if fits and backend.lacks(case) is None and _fault(backend, case) is None:
+        if fits and backend.lacks(case) is None and fault(backend, case) is None:
             _say(backend, case)
             return backend
-    why = (f"{b.name} {b.lacks(case) or _fault(b, case)}" for b in rows)
+    why = (f"{b.name} {b.lacks(case) or fault(b, case)}" for b in rows)
     raise UserError(f"policy.attention = {_wanted}: {'; '.join(why)}; use auto")
 
 
@@ -218,7 +218,7 @@ def _importable(module: str) -> bool:
 
 
 @cache
-def _fault(backend: Backend, case: Case) -> str | None:
+def fault(backend: Backend, case: Case) -> str | None:
     """Try a back end once on a shared-prefix case against `REFERENCE`, forward and backward; None where it holds."""
     if backend is REFERENCE:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from grpo_fast.attention.backends import SLOW, TABLE, Backend, Case, _fault, choose
+from grpo_fast.attention.backends import SLOW, TABLE, Backend, Case, choose, fault
 from grpo_fast.attention.function import attention, use_packed_attention
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.engines.base import Sampling
@@ -76,7 +76,7 @@ def usable(
     wanted = Case(torch.device("cuda", 0), dtype, *heads, dim, dim, window is not None, softcap, sinks)
     if why := backend.lacks(wanted):
         pytest.skip(f"{backend.name} {why}")
-    if (why := _fault(backend, wanted)) and backend.choice == "flash":
+    if (why := fault(backend, wanted)) and backend.choice == "flash":
         pytest.skip(f"{backend.name} {why}")  # the trainer would not use it either
 
 
@@ -134,7 +134,7 @@ def test_a_fused_kernel_is_chosen(window, softcap, sinks: bool) -> None:
     plan = grouped_plan(True)
     wanted = Case(torch.device("cuda", 0), torch.bfloat16, 8, 2, 64, 64, window is not None, softcap, sinks)
     found = choose(wanted, plan)
-    assert found.choice not in SLOW, {b.name: b.lacks(wanted) or _fault(b, wanted) for b in TABLE}
+    assert found.choice not in SLOW, {b.name: b.lacks(wanted) or fault(b, wanted) for b in TABLE}
 
 
 def test_a_kernel_that_is_first_tried_inside_a_checkpointed_layer() -> None:
@@ -147,7 +147,7 @@ def test_a_kernel_that_is_first_tried_inside_a_checkpointed_layer() -> None:
     def layer(x: Tensor) -> Tensor:
         return attention(torch.nn.Module(), x, k, v, None, scaling=0.2, plan=plan)[0]
 
-    _fault.cache_clear()
+    fault.cache_clear()
     (got,) = torch.autograd.grad(checkpoint(layer, q, use_reentrant=False).float().sum(), q)
     (want,) = torch.autograd.grad(layer(q).float().sum(), q)
     torch.testing.assert_close(got, want)
