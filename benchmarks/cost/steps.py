@@ -48,7 +48,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "grpo_no_kl": {},
     "ppo": {},
     "ppo_shared": {},
-    "dpo_online": {"prompts": 32, "samples": 4, "pairs": 32},
+    "dpo_online": {"batches": 1, "samples": 4},
 }
 LIMIT_S = 150
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -143,24 +143,21 @@ def measure(model: Model, algorithm: str, device: str) -> dict[str, Any]:
     """Seconds, FLOPs and memory of a step, the mean of two."""
     lab, value = build(model, algorithm, device)
     settings = ALGORITHMS[algorithm].chosen(CHOICES[algorithm])
-    for steps in (1, 2):
-        ledger = Ledger(Budget(steps=steps), lab.policy.device)
-        place = replace(lab, ledger=ledger)
-        if isinstance(settings, ppo.PPO):
-            ppo.train(place, settings, value)
-        else:
-            ALGORITHMS[algorithm].train(place, settings)
-        if steps == 2:
-            spent = ledger.spent
-            return {
-                "seconds": spent.wall_s / 2,
-                "phase_s": {name: ledger.phase_s[name] / 2 for name in PHASES},
-                "flops": {name: ledger.flops[name] // 2 for name in PHASES},
-                "generated_tokens": spent.generated_tokens // 2,
-                "trained_tokens": spent.trained_tokens // 2,
-                "memory": ledger.memory(),
-            }
-    raise AssertionError
+    ledger = Ledger(Budget(steps=3), lab.policy.device, warmup=1)
+    place = replace(lab, ledger=ledger)
+    if isinstance(settings, ppo.PPO):
+        ppo.train(place, settings, value)
+    else:
+        ALGORITHMS[algorithm].train(place, settings)
+    spent = ledger.spent
+    return {
+        "seconds": spent.wall_s / 2,
+        "phase_s": {name: ledger.phase_s[name] / 2 for name in PHASES},
+        "flops": {name: ledger.flops[name] // 2 for name in PHASES},
+        "generated_tokens": spent.generated_tokens // 2,
+        "trained_tokens": spent.trained_tokens // 2,
+        "memory": ledger.memory(),
+    }
 
 
 def build(model: Model, algorithm: str, device: str) -> tuple[Lab, ppo.ValueNetwork | None]:
@@ -200,7 +197,7 @@ def value_network(
 ) -> ppo.ValueNetwork:
     """Of the policy's shape, with random weights."""
     trunk = classifier(shape.config(tokenizer), ppo.VALUE, dtype, device)
-    network = ppo.ValueNetwork(RewardModel(trunk, tokenizer, ppo.VALUE, lora=lora_settings(config)))
+    network = ppo.ValueNetwork(RewardModel(trunk, tokenizer, ppo.VALUE, lora=lora_settings(config)), config)
     enable_gradient_checkpointing(trunk, "value network")
     return network
 
