@@ -1,5 +1,6 @@
 """The ledger, a cell as a whole, and the sweep: what counts, what ends a run, what is kept when one is cut off."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from benchmarks.cost import __main__ as command
+from benchmarks.cost import cell as cost_cell
 from benchmarks.cost import sweep
 from benchmarks.cost.cell import Job, inputs_of, run
-from benchmarks.cost.examiner import distinct_pairs, fingerprint
+from benchmarks.cost.examiner import Examiner, distinct_pairs, fingerprint
+from benchmarks.cost.lab import Lab
 from benchmarks.cost.ledger import Budget, Diverged, Ledger
+from grpo_fast.engines.choose import builtin_engine
 from grpo_fast.errors import UserError
 from tests.cost_cases import job, prepared
 from tests.tiny import save_policy, write_prompts
@@ -101,10 +105,69 @@ def test_three_steps_in_a_row_that_are_not_finite_end_a_run():
         ledger.took(0.0, float("nan"))
 
 
-def test_memory_by_part_adds_up_to_the_peak(world):
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dpo_online"])
+def test_the_judge_is_asked_by_the_examiner_alone(world, monkeypatch, name):
+    asked = []
+
+    def judge(prompt, text):
+        frames = [frame.function for frame in inspect.stack(0)]
+        asked.append("_judged" in frames)
+        return {"safety": 1.0, "politeness": 0.5, "meaningfulness": 0.0, "actionability": 0.5}
+
+    real = cost_cell.assemble
+    monkeypatch.setattr(cost_cell, "assemble", lambda *words: replace(real(*words), judge=judge))
+    labs = []
+    of = Lab.of
+    monkeypatch.setattr(Lab, "of", lambda *a, **k: labs.append(of(*a, **k)) or labs[-1])
+    cell = cell_of(world, name)
+    assert all(asked) and len(asked) == 12 * len(cell["curve"])
+    assert labs[0].task.judge is None
+    assert cell["curve"][-1]["mean"] == 0.5 and cell["curve"][-1]["worst"] == 0.0
+
+
+def test_the_most_memory_is_seen_whenever_it_was():
+    ledger, kept = Ledger(Budget(steps=3), CPU), []
+    for step in ledger.steps():
+        with ledger.phase("update"):
+            if step == 1:
+                torch.ones(96 << 18)  # 96 MiB, gone at once
+            if step == 2:
+                kept.append(torch.ones(16 << 18))
+    working = ledger.memory()["parts"]["working"]
+    assert 90 << 20 <= working <= 125 << 20
+
+
+def test_rewards_stand_in_for_a_judge_turned_and_scaled(world):
+    work = job(world, "grpo")
+    config = work.config()
+    task = replace(cost_cell.assemble(config, inputs_of(config), world / "seed-0"), judge=None)
+    weights = torch.tensor([1.0, -2.0, 0.0, 1.0])
+    task = replace(task, scorer=replace(task.scorer, weights=weights))
+    examiner = Examiner(task, builtin_engine(task.policy, max_rows=64), config)
+    first = examiner()
+    assert list(first["judge"]) == [
+        "safety",
+        "politeness",
+        "actionability",
+    ]  # what has no weight does not count
+    assert first["mean"] == pytest.approx(0, abs=1e-9) and first["score"] == pytest.approx(0, abs=1e-9)
+    assert not examiner.worse()
+    scorer = task.scorer
+
+    def better(*words):
+        scored = scorer(*words)
+        return replace(scored, rewards=scored.rewards + torch.tensor([1.0, -1.0, -9.0, 1.0]))
+
+    examiner._task = SimpleNamespace(**{**vars(task), "scorer": better})  # pyright: ignore
+    better.names, better.weights = scorer.names, scorer.weights
+    examiner._task.decode = task.decode
+    second = examiner()
+    assert min(second["judge"].values()) > 0 and second["score"] > 0 and not examiner.worse()
+
+
+def test_memory_by_part(world):
     cell = cell_of(world, "ppo")
     parts = cell["memory"]["parts"]
-    assert sum(parts.values()) == cell["memory"]["peak"]
     policy = parts["policy"]
     assert parts["reference"] == policy and parts["gradients"] > 1.9 * policy  # policy and value network
     assert parts["optimizer"] == pytest.approx(2 * parts["gradients"], rel=1e-3)  # two moments and a counter

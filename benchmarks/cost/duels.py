@@ -142,7 +142,8 @@ def dpo_duel(
 
     sides = _in_turn(ours, theirs, ours_first)
     heldout = sampled_pairs(
-        ring.lab(task=replace(task, prompts=task.heldout)), replace(settings, prompts=duel.heldout_pairs)
+        ring.lab(task=replace(task, prompts=task.heldout)),
+        replace(settings, batches=max(1, duel.heldout_pairs // size)),
     )
 
     def of_pairs(task: Task) -> dict[str, float]:

@@ -50,7 +50,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "ppo_shared": {},
     "dpo_online": {"batches": 1, "samples": 4},
 }
-LIMIT_S = 150
+LIMIT_S = {"0.5b": 120, "7b": 240}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--algorithms", nargs="+", choices=list(CHOICES), default=list(CHOICES))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cost-steps-cuda.json"))
-    parser.add_argument("--seconds", type=float, default=480, help="all of it takes no longer than this")
+    parser.add_argument("--seconds", type=float, default=900, help="all of it takes no longer than this")
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "ALGORITHM"), help="this one, in this process")
     args = parser.parse_args(argv)
     if args.one:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks.cost.steps: no CUDA device found", file=sys.stderr)
         return 2
     record = {
-        "benchmark": "cost_steps",
+        "benchmark": "cost-steps",
         "device": device_name("cuda"),
         "versions": {"torch": torch.__version__, **versions()},
         "commit": commit(),
@@ -122,9 +122,11 @@ def _alone(size: str, name: str, left: float) -> dict[str, Any]:
         return {"error": "not run: the time was up"}
     words = [sys.executable, "-m", "benchmarks.cost.steps", "--one", size, name]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=min(LIMIT_S, left), check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=min(LIMIT_S[size], left), check=False
+        )
     except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {min(LIMIT_S, left):.0f} s"}
+        return {"error": f"took longer than {min(LIMIT_S[size], left):.0f} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
     return {"error": None, **json.loads(done.stdout.splitlines()[-1])}
