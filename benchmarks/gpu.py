@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "--step-seconds", type=float, default=480, help="whole steps: they take no longer than this"
     )
     parser.add_argument(
-        "--cost-seconds", type=float, default=480, help="a step of each algorithm: no longer than this"
+        "--cost-seconds", type=float, default=900, help="a step of each algorithm: no longer than this"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
     args = parser.parse_args(argv)

@@ -37,7 +37,13 @@ def commit() -> str:
     """The commit that was measured; "+" after it: with changes that are in none."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            done = subprocess.run(
+                ["git", *words], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
+            )
+        except OSError:  # no git here
+            return ""
+        return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", "kernels", "grpo_fast", "benchmarks/*.py")
     return (git("rev-parse", "HEAD") or "unknown") + ("+" if changed else "")

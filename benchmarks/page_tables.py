@@ -61,6 +61,30 @@ def _cost(record: Record) -> list[Table]:
     return tables(dict(record))
 
 
+def _cost_steps(record: Record) -> list[Table]:
+    rows = []
+    for row in record["steps"]:
+        name = f"{row['size']}, {row['algorithm'].replace('_', ' ')}"
+        if row["error"]:
+            rows.append([name, row["error"], *[None] * 6])
+            continue
+        phases, parts = row["phase_s"], row["memory"]["parts"]
+        rows.append(
+            [
+                name,
+                row["seconds"],
+                phases["generate"],
+                phases["reward"] + phases["reference"] + phases["values"],
+                phases["update"],
+                sum(row["flops"].values()) / 1e15,
+                row["memory"]["peak"] / 2**30,
+                ", ".join(f"{part} {size / 2**30:.1f}" for part, size in parts.items() if size),
+            ]
+        )
+    head = ["", "seconds", "generate", "look up", "update", "PFLOP", "GiB at most", "GiB by part"]
+    return [Table(title="One step, the mean of two", head=head, rows=rows)]
+
+
 def _cost_sizes(record: Record) -> list[Table]:
     rows = []
     for found in record["models"]:
@@ -241,6 +265,12 @@ SHOWN: dict[str, Shown] = {
         "the same held-out prompts; comparisons are paired by seed.",
         _cost,
         (_NOISE,),
+    ),
+    "cost-steps": (
+        "One step of each algorithm",
+        "Real sizes with random weights: as many sequences for each, one step that is not counted, then two that are.",
+        _cost_steps,
+        ("Lengths are fixed, nothing is learned: this is what a step costs, not what it is worth.",),
     ),
     "cost-sizes": (
         "What a step would cost",

@@ -11,7 +11,6 @@ from benchmarks.cost.ledger import Budget, Ledger
 from grpo_fast.engines.base import RolloutEngine
 from grpo_fast.engines.choose import builtin_engine
 from grpo_fast.miniature.setup import assemble
-from grpo_fast.task import Task
 from tests.tiny import write_config
 
 STEPS = {"steps": 2}
@@ -46,12 +45,11 @@ def lab(
     *,
     seed: int = 0,
     budget: Budget | None = None,
-    wrap: Callable[[Task], Task] = lambda task: task,
     engine: Callable[[RolloutEngine], RolloutEngine] = lambda engine: engine,
 ) -> Lab:
     """A lab in a prepared folder, without an examiner."""
     config = replace(job(folder), seed=seed).config()
-    task = wrap(assemble(config, inputs_of(config), folder / "seed-0"))
+    task = assemble(config, inputs_of(config), folder / "seed-0")
     built = engine(builtin_engine(task.policy, max_rows=64, decode=task.decode))
     ledger = Ledger(budget or Budget(steps=2), task.policy.device)
     return Lab.of(config, task, built, ledger, start=folder / "seed-0" / "start")

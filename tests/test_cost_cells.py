@@ -1,5 +1,6 @@
 """The ledger, a cell as a whole, and the sweep: what counts, what ends a run, what is kept when one is cut off."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from benchmarks.cost import __main__ as command
+from benchmarks.cost import cell as cost_cell
 from benchmarks.cost import sweep
 from benchmarks.cost.cell import Job, inputs_of, run
-from benchmarks.cost.examiner import distinct_pairs, fingerprint
+from benchmarks.cost.examiner import Examiner, distinct_pairs, fingerprint
+from benchmarks.cost.lab import Lab
 from benchmarks.cost.ledger import Budget, Diverged, Ledger
+from grpo_fast.engines.choose import builtin_engine
 from grpo_fast.errors import UserError
 from tests.cost_cases import job, prepared
 from tests.tiny import save_policy, write_prompts
@@ -75,6 +79,24 @@ def test_a_run_that_is_slow_in_one_currency_ends_all_the_same():
     assert 0.03 <= ledger.spent.wall_s < 0.06
 
 
+def test_a_currency_that_is_spent_no_more_is_not_waited_for():
+    ledger = Ledger(Budget(wall_s=0.01, generated_tokens=1e12, longest=100), CPU)
+    for _ in ledger.steps():
+        ledger.exhausted("generated_tokens")
+        with ledger.phase("update"):
+            time.sleep(0.004)
+    assert 0.01 <= ledger.spent.wall_s < 0.1
+
+
+def test_steps_of_warming_up_cost_nothing():
+    ledger = Ledger(Budget(steps=3), CPU, warmup=1)
+    for step in ledger.steps():
+        with ledger.phase("update"):
+            time.sleep(0.2 if step == 0 else 0.01)
+        ledger.count("update", 100 if step == 0 else 7, training=True, generated_tokens=5)
+    assert ledger.spent.wall_s < 0.1 and ledger.spent.flops == 14 and ledger.spent.generated_tokens == 10
+
+
 def test_three_steps_in_a_row_that_are_not_finite_end_a_run():
     ledger = Ledger(Budget(), CPU)
     for loss in (1.0, float("nan"), float("nan"), 1.0, float("inf"), float("nan")):
@@ -83,10 +105,69 @@ def test_three_steps_in_a_row_that_are_not_finite_end_a_run():
         ledger.took(0.0, float("nan"))
 
 
-def test_memory_by_part_adds_up_to_the_peak(world):
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dpo_online"])
+def test_the_judge_is_asked_by_the_examiner_alone(world, monkeypatch, name):
+    asked = []
+
+    def judge(prompt, text):
+        frames = [frame.function for frame in inspect.stack(0)]
+        asked.append("_judged" in frames)
+        return {"safety": 1.0, "politeness": 0.5, "meaningfulness": 0.0, "actionability": 0.5}
+
+    real = cost_cell.assemble
+    monkeypatch.setattr(cost_cell, "assemble", lambda *words: replace(real(*words), judge=judge))
+    labs = []
+    of = Lab.of
+    monkeypatch.setattr(Lab, "of", lambda *a, **k: labs.append(of(*a, **k)) or labs[-1])
+    cell = cell_of(world, name)
+    assert all(asked) and len(asked) == 12 * len(cell["curve"])
+    assert labs[0].task.judge is None
+    assert cell["curve"][-1]["mean"] == 0.5 and cell["curve"][-1]["worst"] == 0.0
+
+
+def test_the_most_memory_is_seen_whenever_it_was():
+    ledger, kept = Ledger(Budget(steps=3), CPU), []
+    for step in ledger.steps():
+        with ledger.phase("update"):
+            if step == 1:
+                torch.ones(96 << 18)  # 96 MiB, gone at once
+            if step == 2:
+                kept.append(torch.ones(16 << 18))
+    working = ledger.memory()["parts"]["working"]
+    assert 90 << 20 <= working <= 125 << 20
+
+
+def test_rewards_stand_in_for_a_judge_turned_and_scaled(world):
+    work = job(world, "grpo")
+    config = work.config()
+    task = replace(cost_cell.assemble(config, inputs_of(config), world / "seed-0"), judge=None)
+    weights = torch.tensor([1.0, -2.0, 0.0, 1.0])
+    task = replace(task, scorer=replace(task.scorer, weights=weights))
+    examiner = Examiner(task, builtin_engine(task.policy, max_rows=64), config)
+    first = examiner()
+    assert list(first["judge"]) == [
+        "safety",
+        "politeness",
+        "actionability",
+    ]  # what has no weight does not count
+    assert first["mean"] == pytest.approx(0, abs=1e-9) and first["score"] == pytest.approx(0, abs=1e-9)
+    assert not examiner.worse()
+    scorer = task.scorer
+
+    def better(*words):
+        scored = scorer(*words)
+        return replace(scored, rewards=scored.rewards + torch.tensor([1.0, -1.0, -9.0, 1.0]))
+
+    examiner._task = SimpleNamespace(**{**vars(task), "scorer": better})  # pyright: ignore
+    better.names, better.weights = scorer.names, scorer.weights
+    examiner._task.decode = task.decode
+    second = examiner()
+    assert min(second["judge"].values()) > 0 and second["score"] > 0 and not examiner.worse()
+
+
+def test_memory_by_part(world):
     cell = cell_of(world, "ppo")
     parts = cell["memory"]["parts"]
-    assert sum(parts.values()) == cell["memory"]["peak"]
     policy = parts["policy"]
     assert parts["reference"] == policy and parts["gradients"] > 1.9 * policy  # policy and value network
     assert parts["optimizer"] == pytest.approx(2 * parts["gradients"], rel=1e-3)  # two moments and a counter
@@ -116,7 +197,7 @@ def test_the_same_seed_gives_the_same_curve(world):
 
 
 def test_a_run_that_diverges_is_recorded_and_not_dropped(world):
-    work = replace(job(world, "grpo", lr=1e30), budget={"steps": 9})
+    work = replace(job(world, "grpo", lr_scale=1e33), budget={"steps": 9})
     config = work.config()
     cell = run(work, config, inputs_of(config))
     assert cell["status"] == "diverged" and "finite" in cell["why"]
@@ -202,14 +283,24 @@ def test_an_interrupted_sweep_loses_no_finished_cell(tmp_path, monkeypatch):
 def test_the_whole_command(world, tmp_path):
     folder = tmp_path / "runs"
     shutil.copytree(world / "seed-0", folder / "seed-0")
+    choices = {name: {"choice": {"lr_scale": 2.0}} for name in ("grpo", "dpo_online")}
+    (tmp_path / "choices.json").write_text(json.dumps({"algorithms": choices}))
     words = f"--config {world / 'tiny.toml'} --algorithms grpo dpo_online --seeds 0 --search off --jobs 2"
-    words += f" --choices {tmp_path / 'none.json'} --budget-wall 0.3 --eval-size 8 --folder {folder}"
+    words += f" --choices {tmp_path / 'choices.json'} --budget-wall 0.3 --eval-size 8 --folder {folder}"
     words += f" --output {tmp_path / 'record.json'}"
+    with pytest.raises(UserError, match="holds something else"):
+        command.main(words.split())  # a folder that is not its own is left alone
+    shutil.move(folder / "seed-0", tmp_path / "seed-0")
+    command.claim(command.arguments(words.split()), command.budget_of(command.arguments(words.split())))
+    shutil.move(tmp_path / "seed-0", folder / "seed-0")
     assert command.main(words.split()) == 0
+    with pytest.raises(UserError, match="of other settings"):
+        command.main([*words.split(), "--threads", "2"])
     record = json.loads((tmp_path / "record.json").read_text())
     assert [cell["algorithm"] for cell in record["cells"]] == ["grpo", "dpo_online"]
     assert all(cell["status"] == "finished" for cell in record["cells"])
     assert record["cells"][0]["fingerprint"] == record["cells"][1]["fingerprint"]
+    assert record["cells"][0]["settings"]["lr_scale"] == 2.0
     assert (folder / "report.html").is_file()
 
 
@@ -247,7 +338,7 @@ lr = 1e-3
     work = Job(
         algorithm=name,
         seed=0,
-        choice={"prompts": 4, "samples": 2} if name == "dpo_online" else {},
+        choice={"batches": 1, "samples": 2} if name == "dpo_online" else {},
         flags=["--config", "mine.toml"],
         budget={"steps": 2},
         folder=str(tmp_path / "runs"),
@@ -270,7 +361,11 @@ lr = 1e-3
         ("--seeds 100", "100 is the search's"),
         ("--budget-tokens 100", "--budget-wall is needed"),
         ("--budget-wall -3", "must be positive"),
-        ("--jobs 0 --threads -1", "--threads must be at least 1"),
+        ("--jobs 0", "--jobs must be at least 1"),
+        ("--threads -1", "--threads must be at least 1"),
+        ("--search off --choices none.json", "--choices none.json"),
+        ("--search off --choices pyproject.toml", "--choices pyproject.toml"),
+        ("--folder tests", "holds something else"),
         ("--config none.toml", "none.toml"),
         ("--algorithms grp", "grp"),
         ("--qick", "--quick"),
@@ -282,12 +377,15 @@ def test_bad_input_is_one_line(words, message):
 
 
 def test_the_search_takes_the_best_reward_and_diverged_ones_last():
-    def row(lr, status, quality):
-        return {"algorithm": "ppo", "choice": {"lr": lr}, "status": status, "quality": quality}
+    def row(lr, status, quality, kl=1.0):
+        return {"algorithm": "ppo", "choice": {"lr": lr}, "status": status, "quality": quality, "kl": kl}
 
     rows = [row(1, "finished", 0.4), row(2, "diverged", 0.9), row(3, "finished", 0.6), row(4, "failed", None)]
     assert command.best_choices(rows) == {"ppo": {"lr": 3}}
     assert command.best_choices(rows[1:2] + rows[3:]) == {"ppo": {"lr": 2}}
+    far = [row(5, "finished", 2.0, kl=40.0), row(6, "finished", 1.0, kl=20.0)]
+    assert command.best_choices([*rows, *far]) == {"ppo": {"lr": 3}}, "too far from the start policy"
+    assert command.best_choices(far) == {"ppo": {"lr": 6}}, "the nearest, where all went too far"
 
 
 def test_a_job_survives_its_file(world):

@@ -37,7 +37,7 @@ REPLIES = ["First, get water.", "", "no"]
 SMALL = Duel(
     ppo=PPO(standardize=False, epochs=1),
     ppo_steps=2,
-    dpo=DPO(prompts=6, samples=2, pairs=4),
+    dpo=DPO(batches=1, samples=2),
     dpo_epochs=2,
     heldout_pairs=4,
     prompts_per_step=2,

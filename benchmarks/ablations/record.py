@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 
 from benchmarks.ablations.ideas import ABLATIONS, STEP
+from benchmarks.cost.curves import quality_at
 from benchmarks.step.timing import ratio_interval
 from benchmarks.tables import Table
 
@@ -94,11 +95,12 @@ def _gains_of_variants(record: Mapping[str, Any]) -> dict[str, dict[int, tuple[f
 
 
 def _gains_of_cells(record: Mapping[str, Any]) -> dict[str, dict[int, tuple[float, float]]]:
+    """After the same wall time; a run that broke off counts with what it had reached."""
     gains: dict[str, dict[int, tuple[float, float]]] = {}
     for cell in record["cells"]:
-        if cell["status"] == "finished":
-            first, last = cell["curve"][0]["judge"], cell["curve"][-1]["judge"]
-            found = [last[name] - first[name] for name in first]
+        if cell["curve"]:
+            start, spent = cell["curve"][0]["judge"], record["budget"]["wall_s"]
+            found = [quality_at(cell, "wall_s", spent, name) - start[name] for name in start]
             gains.setdefault(cell["algorithm"], {})[cell["seed"]] = (statistics.mean(found), min(found))
     return gains
 

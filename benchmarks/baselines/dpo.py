@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.cost import flops
 from benchmarks.cost.lab import Lab, Reference, Sequences
 from grpo_fast.data.queue import PromptQueue
+from grpo_fast.errors import UserError
 from grpo_fast.packing import PackedBatch
 
 
@@ -28,18 +29,16 @@ from grpo_fast.packing import PackedBatch
 class DPO:
     """What can be chosen; sampling and optimizer are those of the run's settings."""
 
-    lr: float = 2.5e-4
-    """Learning rate"""
+    lr_scale: float = 1.0
+    """Learning rate, in times the run's `optim.lr`"""
     beta: float = 0.1
     """How dear it is to leave the reference: the margin's weight in the loss"""
     online: bool = False
     """Sample new pairs from the policy as it has become, every round"""
-    prompts: int = 512
-    """Prompts of a round (offline: of the only one)"""
+    batches: int = 16
+    """Completions of a round (offline: of the only one), in times those of a step of GRPO"""
     samples: int = 4
     """Completions of each prompt; the best and the worst make a pair"""
-    pairs: int = 32
-    """Pairs of one optimizer step"""
     epochs: int = 1
     """Online: passes over the pairs of a round"""
     standardize: bool = True
@@ -61,7 +60,8 @@ def train(lab: Lab, settings: DPO) -> None:
     """Train the lab's policy until its ledger says that the budget is used up."""
     policy, ledger = lab.policy, lab.ledger
     reference = Reference(lab)
-    optimizer = lab.optimizer(policy.trainable_parameters(), settings.lr)
+    lr = settings.lr_scale * lab.config.optim.lr
+    optimizer = lab.optimizer(policy.trainable_parameters(), lr)
     queue = PromptQueue(len(lab.task.prompts), lab.config.seed)
     ledger.holds(
         optimizer,
@@ -76,49 +76,76 @@ def train(lab: Lab, settings: DPO) -> None:
         if not left:
             if pairs is None or settings.online:
                 pairs = new_pairs(lab, settings, queue, reference, step)
-            left = list(orders(len(pairs), settings, lab.seed(rounds)))
+            if not settings.online:
+                ledger.exhausted("generated_tokens")
+            left = list(orders(len(pairs), settings, per_step(lab, settings), lab.seed(rounds)))
             rounds += 1
         assert pairs is not None
         with ledger.phase("update"):
-            loss = add_up_gradients(lab, settings, pairs, left.pop(0))
-            norm, _ = optimizer.step(lab.warmed_up(settings.lr, step))
+            loss, batches = add_up_gradients(lab, settings, pairs, left.pop(0))
+            norm, _ = optimizer.step(lab.warmed_up(lr, step))
+        ledger.count(
+            "update",
+            flops.training(lab.size, batches, logprob_loss=True),
+            training=True,
+            trained_tokens=sum(len(batch.targets) for batch in batches),
+        )
         ledger.took(loss, norm)
 
 
+def per_step(lab: Lab, settings: DPO) -> int:
+    """Pairs of an optimizer step: those of as many completions as a step of GRPO has."""
+    return max(1, lab.sequences_per_step // settings.samples)
+
+
 def new_pairs(lab: Lab, settings: DPO, queue: PromptQueue, reference: Reference, step: int) -> Pairs:
-    """Sample, score and rank a round's completions; a prompt whose completions all score alike gives no pair."""
-    best: list[int] = []
-    parts: list[Sequences] = []
-    per_call = max(1, lab.config.rollout.prompts_per_step * lab.config.rollout.group_size // settings.samples)
-    for first in range(0, settings.prompts, per_call):
-        count = min(per_call, settings.prompts - first)
-        prompts = [lab.task.prompts[index] for index in queue.take(count)]
-        parts.append(lab.sample(prompts, settings.samples, step * settings.prompts + first))
-    sampled = joined(parts)
+    """Sample, score and rank a round's completions; a prompt whose completions all score alike gives no pair.
+
+    UserError where not one of a round does.
+    """
+    parts = []
+    for batch in range(settings.batches):
+        indices = queue.take(per_step(lab, settings))
+        prompts = [lab.task.prompts[index] for index in indices]
+        parts.append(lab.sample(prompts, settings.samples, step, draw=step * settings.batches + batch))
+    with lab.ledger.phase("reward"):
+        ranked = best_and_worst(lab, joined(parts), settings)
+    if not ranked.completions:
+        raise UserError(
+            f"no pair: of {settings.batches * per_step(lab, settings)} prompts each has {settings.samples} completions "
+            "that score alike; take a reward that tells completions apart, or more of them"
+        )
+    return Pairs(sequences=ranked, ref_logprobs=reference.of(ranked))
+
+
+def best_and_worst(lab: Lab, sampled: Sequences, settings: DPO) -> Sequences:
+    """Of every prompt the completion with the highest score, then the one with the lowest."""
+    chosen: list[int] = []
     scores = lab.scalar(sampled.rewards, standardize=settings.standardize).view(-1, settings.samples)
     for prompt, row in enumerate(scores):
         better, worse = int(row.argmax()), int(row.argmin())
         if row[better] > row[worse]:
-            best += [prompt * settings.samples + better, prompt * settings.samples + worse]
-    ranked = Sequences(
+            chosen += [prompt * settings.samples + better, prompt * settings.samples + worse]
+    return Sequences(
         prompts=sampled.prompts,
-        prompt_of=[sampled.prompt_of[i] for i in best],
-        completions=[sampled.completions[i] for i in best],
-        rewards=sampled.rewards[best],
+        prompt_of=[sampled.prompt_of[i] for i in chosen],
+        completions=[sampled.completions[i] for i in chosen],
+        rewards=sampled.rewards[chosen],
     )
-    return Pairs(sequences=ranked, ref_logprobs=reference.of(ranked))
 
 
-def orders(pairs: int, settings: DPO, seed: int) -> Iterator[list[int]]:
-    """Which pairs each optimizer step has: all of them once an epoch, in an order of its own."""
+def orders(pairs: int, settings: DPO, size: int, seed: int) -> Iterator[list[int]]:
+    """Which `size` pairs each optimizer step has: all of them once an epoch, in an order of its own."""
     for epoch in range(settings.epochs if settings.online else 1):
         order = np.random.default_rng([seed, epoch]).permutation(pairs).tolist()
-        for first in range(0, pairs, settings.pairs):
-            yield order[first : first + settings.pairs]
+        for first in range(0, pairs, size):
+            yield order[first : first + size]
 
 
-def add_up_gradients(lab: Lab, settings: DPO, pairs: Pairs, chosen: list[int]) -> float:
-    """Forward and backward passes of one optimizer step; the loss, a mean over its B pairs."""
+def add_up_gradients(
+    lab: Lab, settings: DPO, pairs: Pairs, chosen: list[int]
+) -> tuple[float, list[PackedBatch]]:
+    """Forward and backward passes of one optimizer step: the loss, a mean over its B pairs, and its micro-batches."""
     total = 0.0
     rows = [row for pair in chosen for row in (2 * pair, 2 * pair + 1)]
     pair_of = [row // 2 for row in range(len(pairs.sequences.completions))]
@@ -128,13 +155,7 @@ def add_up_gradients(lab: Lab, settings: DPO, pairs: Pairs, chosen: list[int]) -
         loss = dpo_loss(lab, batch, batch.gather(pairs.ref_logprobs), settings.beta) / len(chosen)
         loss.backward()
         total += loss.item()
-    lab.ledger.count(
-        "update",
-        flops.training(lab.size, batches, logprob_loss=True),
-        training=True,
-        trained_tokens=sum(len(batch.targets) for batch in batches),
-    )
-    return total
+    return total, batches
 
 
 def dpo_loss(lab: Lab, batch: PackedBatch, ref_logprobs: Tensor, beta: float) -> Tensor:

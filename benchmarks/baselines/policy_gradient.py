@@ -12,7 +12,7 @@ from typing import Literal, cast
 from benchmarks.cost import flops
 from benchmarks.cost.lab import Lab, Reference
 from grpo_fast.config.resolve import loss_config
-from grpo_fast.config.settings import AdvantageSettings, LossSettings, Preset, TrainConfig
+from grpo_fast.config.settings import Preset, TrainConfig
 from grpo_fast.data.queue import PromptQueue
 from grpo_fast.grpo import packed, split_by_prompt, update, with_signal
 from grpo_fast.models.policy import Policy
@@ -23,8 +23,8 @@ from grpo_fast.rollout import Rollout, collect
 class PolicyGradient:
     """What can be chosen; everything else is as in the run's settings."""
 
-    lr: float = 2.5e-4
-    """Learning rate"""
+    lr_scale: float = 1.0
+    """Learning rate, in times the run's `optim.lr`"""
     minibatches: int = 1
     """Optimizer steps on each batch of completions"""
     preset: Preset = "grpo"
@@ -38,9 +38,9 @@ class PolicyGradient:
         """The settings of a training run with these choices."""
         return replace(
             config,
-            loss=LossSettings(preset=self.preset, kl_coef=self.kl_coef),
-            advantage=AdvantageSettings(mode=self.mode),
-            optim=replace(config.optim, lr=self.lr, minibatches=self.minibatches),
+            loss=replace(config.loss, preset=self.preset, kl_coef=self.kl_coef),
+            advantage=replace(config.advantage, mode=self.mode),
+            optim=replace(config.optim, lr=self.lr_scale * config.optim.lr, minibatches=self.minibatches),
         )
 
 
@@ -48,7 +48,7 @@ def train(lab: Lab, settings: PolicyGradient) -> None:
     """Train the lab's policy until its ledger says that the budget is used up."""
     config, task, policy, ledger = settings.applied(lab.config), lab.task, lab.policy, lab.ledger
     reference = Reference(lab) if loss_config(config).kl_coef != 0 else None
-    optimizer = lab.optimizer(policy.trainable_parameters(), settings.lr)
+    optimizer = lab.optimizer(policy.trainable_parameters(), config.optim.lr)
     queue = PromptQueue(len(task.prompts), config.seed)
     ledger.holds(
         optimizer,
@@ -58,17 +58,19 @@ def train(lab: Lab, settings: PolicyGradient) -> None:
     )
     for step in ledger.steps():
         prompts = [task.prompts[index] for index in queue.take(config.rollout.prompts_per_step)]
-        lab.engine.push(policy.named_weights(), step)
+        with ledger.phase("generate"):
+            lab.engine.push(policy.named_weights(), step)
         # a group of completions for each prompt, their rewards, and each one's advantage over its group
-        rollout = collect(
-            prompts,
-            task,
-            lab.engine,
-            config,
-            weights=task.scorer.weights,
-            seed=lab.seed(step),
-            timer=ledger.phase,
-        )
+        with ledger.phase("reward"):
+            rollout = collect(
+                prompts,
+                task,
+                lab.engine,
+                config,
+                weights=task.scorer.weights,
+                seed=lab.seed(step),
+                timer=ledger.phase,
+            )
         # push the policy towards what scored better, and hold it near the reference
         with ledger.phase("update"):
             metrics = update(
@@ -76,7 +78,7 @@ def train(lab: Lab, settings: PolicyGradient) -> None:
                 optimizer,
                 rollout,
                 config,
-                lr=lab.warmed_up(settings.lr, step),
+                lr=lab.warmed_up(config.optim.lr, step),
                 reference=cast(Policy, reference),
             )
         count(lab, rollout, config)

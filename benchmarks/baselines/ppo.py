@@ -18,7 +18,9 @@ from grpo_kernels import LossConfig, linear_grpo_loss
 from torch import Tensor, nn
 
 from benchmarks.cost import flops
+from benchmarks.cost.architecture import Architecture
 from benchmarks.cost.lab import Lab, Reference, Sequences, spread_out
+from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.queue import PromptQueue
 from grpo_fast.errors import UserError
 from grpo_fast.models.reward_data import Head, Layout
@@ -34,10 +36,10 @@ VALUE = Layout(heads=(Head(name="value"),))
 class PPO:
     """What can be chosen; the sequences of a step, the sampling and the optimizer are those of the run's settings."""
 
-    lr: float = 2.5e-4
-    """Learning rate of the policy"""
-    value_lr: float = 1e-3
-    """Learning rate of a value network of its own"""
+    lr_scale: float = 1.0
+    """Learning rate of the policy, in times the run's `optim.lr`"""
+    value_lr_scale: float = 4.0
+    """Learning rate of a value network of its own, in times the run's `optim.lr`"""
     epochs: int = 2
     """Passes over each batch of completions"""
     minibatches: int = 2
@@ -53,7 +55,7 @@ class PPO:
     clip: float = 0.2
     """The probability ratio is clipped to 1 ± this"""
     value_clip: float = 0.2
-    """The new value is clipped to the old one ± this; 0: not"""
+    """The new value is clipped to the old one ± this many standard deviations of the returns; 0: not"""
     value_coef: float = 0.5
     """Weight of the value loss, where the trunk is shared"""
     shared: bool = False
@@ -65,10 +67,16 @@ class PPO:
 class ValueNetwork(nn.Module):
     """A decoder of its own with one output a token; where the policy is an adapter on a model, so is this."""
 
-    def __init__(self, model: RewardModel) -> None:
+    def __init__(self, model: RewardModel, config: TrainConfig) -> None:
         """`model` has one output, which is set to 0 everywhere."""
         super().__init__()
         self.model = model.train()
+        self.size = Architecture.of(
+            model.model.config,
+            lora_settings(config),
+            heads=1,
+            checkpointing=config.policy.gradient_checkpointing,
+        )
         for name, weight in model.named_parameters():
             if ".score." in name:
                 nn.init.zeros_(weight)
@@ -93,7 +101,8 @@ class ValueNetwork(nn.Module):
                 device=lab.policy.device,
                 lora=lora_settings(lab.config),
                 gradient_checkpointing=lab.config.policy.gradient_checkpointing,
-            )
+            ),
+            lab.config,
         )
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -123,15 +132,16 @@ def train(lab: Lab, settings: PPO, value: ValueNetwork | ValueHead | None = None
     task, policy, ledger = lab.task, lab.policy, lab.ledger
     reference = Reference(lab)
     value = value or (ValueHead(lab) if settings.shared else ValueNetwork.of(lab, settings))
+    own, lr = list(value.parameters()), settings.lr_scale * lab.config.optim.lr
     if settings.shared:
-        optimizers = [lab.optimizer([*policy.trainable_parameters(), *value.parameters()], settings.lr)]
-        rates = [settings.lr]
+        rates = [lr]
+        optimizers = [lab.optimizer([*policy.trainable_parameters(), *own], lr)]
     else:
+        rates = [lr, settings.value_lr_scale * lab.config.optim.lr]
         optimizers = [
-            lab.optimizer(policy.trainable_parameters(), settings.lr),
-            lab.optimizer([p for p in value.parameters() if p.requires_grad], settings.value_lr),
+            lab.optimizer(parameters, rate)
+            for parameters, rate in zip((policy.trainable_parameters(), own), rates, strict=True)
         ]
-        rates = [settings.lr, settings.value_lr]
     queue = PromptQueue(len(task.prompts), lab.config.seed)
     ledger.holds(
         *optimizers,
@@ -140,33 +150,36 @@ def train(lab: Lab, settings: PPO, value: ValueNetwork | ValueHead | None = None
         value_model=[value],
         reward_model=lab.reward_models,
     )
-    sequences_per_step = lab.config.rollout.prompts_per_step * lab.config.rollout.group_size
     for step in ledger.steps():
         # one completion each of as many prompts as a step of GRPO has completions
-        prompts = [task.prompts[index] for index in queue.take(sequences_per_step)]
+        prompts = [task.prompts[index] for index in queue.take(lab.sequences_per_step)]
         sequences = lab.sample(prompts, 1, step)
         ref_logprobs = reference.of(sequences)
         with ledger.phase("values"):
             old_values = look_up_values(lab, value, sequences)
         with ledger.phase("update"):
-            # the sampler's own log-probs are those of the old policy: the weights are the same
-            old_logprobs = [c.logprobs.to(lab.policy.device) for c in sequences.completions]
+            old_logprobs = look_up_logprobs(lab, sequences)
             scores = lab.scalar(sequences.rewards, standardize=settings.standardize)
             rewards = token_rewards(scores, old_logprobs, ref_logprobs, settings.kl_coef)
             advantages, returns = generalised_advantages(
                 rewards, old_values, gamma=settings.gamma, lam=settings.lam
             )
+            spread = torch.cat(returns).std().item()
             known = {
                 "old_logprobs": old_logprobs,
                 "old_values": old_values,
                 "advantages": whitened(advantages),
                 "returns": returns,
             }
-            losses, norms = [], []
+            losses, norms, done = [], [], []
             for batches in minibatches(lab, sequences, settings, step):
-                losses.append(add_up_gradients(lab, settings, value, batches, known))
+                losses.append(
+                    add_up_gradients(lab, settings, value, batches, known, spread * settings.value_clip)
+                )
+                done.append(batches)
                 for optimizer, lr in zip(optimizers, rates, strict=True):
                     norms.append(optimizer.step(lab.warmed_up(lr, step))[0])
+        count(lab, value, sequences, done)
         ledger.took(sum(losses), *norms)
 
 
@@ -176,8 +189,12 @@ def add_up_gradients(
     value: nn.Module,
     batches: list[PackedBatch],
     known: dict[str, list[Tensor]],
+    value_clip: float,
 ) -> float:
-    """Forward and backward passes of one optimizer step; the summed loss, a mean over the step's tokens."""
+    """Forward and backward passes of one optimizer step; the loss, a mean over the step's tokens.
+
+    `value_clip` is in the returns' unit.
+    """
     policy, total = lab.policy, 0.0
     tokens = sum(len(batch.targets) for batch in batches)
     loss_config = LossConfig(
@@ -205,15 +222,14 @@ def add_up_gradients(
         )
         if settings.shared:
             values = value(states)
-            loss = loss + settings.value_coef * value_loss(values, of, settings.value_clip) / tokens
+            loss = loss + settings.value_coef * value_loss(values, of, value_clip) / tokens
             loss.backward()
         else:
             loss.backward()
-            errors = value_loss(value(batch), of, settings.value_clip) / tokens
+            errors = value_loss(value(batch), of, value_clip) / tokens
             errors.backward()
             loss = loss + errors
         total += loss.item()
-    count_update(lab, value, batches)
     return total
 
 
@@ -272,18 +288,21 @@ def whitened(per_sequence: list[Tensor]) -> list[Tensor]:
     return list(together.split([len(part) for part in per_sequence]))
 
 
+def look_up_logprobs(lab: Lab, sequences: Sequences) -> list[Tensor]:
+    """Log-probs of every token by the policy before the update."""
+    found: list[Tensor] = [torch.empty(0)] * len(sequences.completions)
+    for batch in sequences.packed(lab):
+        spread_out(found, batch, lab.policy.logprobs(batch, temperature=lab.config.rollout.temperature)[0])
+    return found
+
+
 @torch.no_grad()
 def look_up_values(lab: Lab, value: nn.Module, sequences: Sequences) -> list[Tensor]:
     """The value model's view of every token before the update."""
     found: list[Tensor] = [torch.empty(0)] * len(sequences.completions)
-    batches = sequences.packed(lab)
-    for batch in batches:
+    for batch in sequences.packed(lab):
         values = value(lab.policy.hidden_states(batch) if isinstance(value, ValueHead) else batch)
         spread_out(found, batch, values)
-    if isinstance(value, ValueHead):
-        lab.ledger.count("values", sum(flops.body_forward(lab.size, batch) for batch in batches))
-    else:
-        lab.ledger.count("values", flops.scoring(lab.value_size, batches))
     return found
 
 
@@ -297,10 +316,19 @@ def minibatches(lab: Lab, sequences: Sequences, settings: PPO, step: int) -> Ite
             yield sequences.packed(lab, order[low:high])
 
 
-def count_update(lab: Lab, value: nn.Module, batches: list[PackedBatch]) -> None:
-    """Enter what one optimizer step has taken."""
-    work = flops.training(lab.size, batches)
-    if not isinstance(value, ValueHead):
-        work += flops.scoring(lab.value_size, batches, backward=True)
-    tokens = sum(len(batch.targets) for batch in batches)
-    lab.ledger.count("update", work, training=True, trained_tokens=tokens)
+def count(
+    lab: Lab, value: ValueNetwork | ValueHead, sequences: Sequences, done: list[list[PackedBatch]]
+) -> None:
+    """Enter what a step has taken beside sampling, scoring and the reference."""
+    batches, ledger = sequences.packed(lab), lab.ledger
+    ledger.count("update", flops.logprobs(lab.size, batches))
+    if isinstance(value, ValueHead):
+        ledger.count("values", sum(flops.body_forward(lab.size, batch) for batch in batches))
+    else:
+        ledger.count("values", flops.scoring(value.size, batches))
+    for step in done:
+        work = flops.training(lab.size, step)
+        if isinstance(value, ValueNetwork):
+            work += flops.scoring(value.size, step, backward=True)
+        tokens = sum(len(batch.targets) for batch in step)
+        ledger.count("update", work, training=True, trained_tokens=tokens)

@@ -33,28 +33,34 @@ class Algorithm:
 
 
 _GROUPS: tuple[Choice, ...] = (
-    {"lr": 2.5e-4},
-    {"lr": 5e-4},
-    {"lr": 1e-3},
-    {"lr": 5e-4, "minibatches": 2},
+    {"lr_scale": 1.0},
+    {"lr_scale": 2.0},
+    {"lr_scale": 1.0, "minibatches": 2},
+    {"lr_scale": 2.0, "minibatches": 2},
 )
 _PPO: tuple[Choice, ...] = (
-    {"lr": 2.5e-4, "epochs": 2},
-    {"lr": 5e-4, "epochs": 2},
-    {"lr": 1e-3, "epochs": 1},
-    {"lr": 5e-4, "epochs": 2, "value_from": "reward_model"},
+    {"lr_scale": 1.0},
+    {"lr_scale": 2.0},
+    {"lr_scale": 1.0, "value_from": "reward_model"},
+    {"lr_scale": 2.0, "value_from": "reward_model"},
 )
 _PPO_SHARED: tuple[Choice, ...] = (
-    {"lr": 2.5e-4, "epochs": 2},
-    {"lr": 5e-4, "epochs": 2},
-    {"lr": 5e-4, "epochs": 1},
-    {"lr": 2.5e-4, "epochs": 2, "kl_coef": 0.1},
+    {"lr_scale": 0.5},
+    {"lr_scale": 1.0},
+    {"lr_scale": 0.5, "kl_coef": 0.1},
+    {"lr_scale": 1.0, "epochs": 1},
 )
 _DPO: tuple[Choice, ...] = (
-    {"lr": 2.5e-4, "beta": 0.1},
-    {"lr": 5e-4, "beta": 0.1},
-    {"lr": 1e-3, "beta": 0.1},
-    {"lr": 5e-4, "beta": 0.3},
+    {"lr_scale": 0.25},
+    {"lr_scale": 1.0},
+    {"lr_scale": 0.25, "beta": 0.3},
+    {"lr_scale": 1.0, "beta": 0.3},
+)
+_DPO_ONLINE: tuple[Choice, ...] = (
+    {"lr_scale": 1.0},
+    {"lr_scale": 2.0},
+    {"lr_scale": 4.0},
+    {"lr_scale": 2.0, "beta": 0.3},
 )
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -118,7 +124,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         title="DPO, new pairs every round",
         family="dpo",
         train=dpo.train,
-        settings=DPO(online=True, prompts=64, epochs=1),
-        grid=_DPO,
+        settings=DPO(online=True, batches=2),
+        grid=_DPO_ONLINE,
     ),
 }

@@ -80,11 +80,10 @@ def prepare_seed(job: Job, config: TrainConfig, inputs: Inputs) -> None:
         prepare(config, inputs, run)
 
 
-def is_prepared(folder: Path) -> bool:
-    """Whether a seed's models are all there."""
-    return (folder / "reward_model" / "quality.json").is_file() and (
-        folder / "start" / "config.json"
-    ).is_file()
+def is_prepared(folder: Path, config: TrainConfig) -> bool:
+    """Whether a seed's models are all there; the reward model may be the user's."""
+    scored = bool(config.reward.model) or (folder / "reward_model" / "quality.json").is_file()
+    return scored and (folder / "start" / "config.json").is_file()
 
 
 def run(job: Job, config: TrainConfig, inputs: Inputs) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def measure(algorithm: str, case: Case) -> dict[str, Any]:
         "grpo": PolicyGradient(mode="scalarized"),
         "ppo": PPO(epochs=2, minibatches=2),
         "ppo_shared": PPO(epochs=2, minibatches=2, shared=True),
-        "dpo_online": DPO(online=True, prompts=case.prompts, samples=case.group, pairs=case.prompts),
+        "dpo_online": DPO(online=True, batches=1, samples=case.group),
     }[algorithm]
     run = built(replace(case, kl=False))  # the baselines make their own reference
     assert run.reward is not None

@@ -25,6 +25,8 @@ LESS_IS_BETTER = {"over_refusal", "kl"}
 RESAMPLES = 10_000
 SEED = 20_240_406
 LEVEL = 95
+FEWEST = 5
+"""Seeds without which no order is called certain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,15 @@ class Comparison:
 
     @property
     def certain(self) -> bool:
-        """The interval excludes equality: 1 of a ratio, 0 of a difference."""
+        """At least five seeds, and both intervals exclude equality (1 of a ratio, 0 of a difference): the bootstrap's,
+        and Student's over the seeds, since percentile intervals of so few values are too narrow."""
         equal = 1.0 if self.ratio else 0.0
-        return self.interval is not None and not self.interval[0] <= equal <= self.interval[1]
+        if len(self.pairs) < FEWEST or self.interval is None or self.interval[0] <= equal <= self.interval[1]:
+            return False
+        lows, highs = (
+            [_log(end) if self.ratio else end for end in ends] for ends in zip(*self.pairs, strict=True)
+        )
+        return student(lows)[0] > 0 or student(highs)[1] < 0
 
     @property
     def level(self) -> bool:
@@ -174,6 +182,16 @@ def bootstrap(ends: Sequence[tuple[float, float]]) -> tuple[float, float] | None
     )
 
 
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of at least two values by Student's t; all numbers where one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return -math.inf, math.inf
+    from scipy.stats import t  # slow to load
+
+    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Places of the points (x, y) that no other one beats, x the less and y the more the better; by rising x.
 
@@ -213,6 +231,10 @@ def _mean(values: Sequence[float], unknown: float) -> float:
     if not values or (math.inf in values and -math.inf in values):
         return unknown
     return sum(values) / len(values)
+
+
+def _log(value: float) -> float:
+    return -math.inf if value <= 0 else math.log(value) if math.isfinite(value) else math.inf
 
 
 def _exp(value: float) -> float:

@@ -51,11 +51,11 @@ AGREEMENT_PAIRS = 16
 class Duel:
     """How much is trained, and with what."""
 
-    ppo: PPO = field(default_factory=lambda: PPO(lr=5e-4, value_lr=1e-3, standardize=False))
+    ppo: PPO = field(default_factory=lambda: PPO(lr_scale=2.0, standardize=False, value_clip=0.0))
     """PPO's settings; a peer's reward model cannot be standardised batch by batch"""
     ppo_steps: int = 30
     """Batches of completions"""
-    dpo: DPO = field(default_factory=lambda: DPO(lr=5e-4, prompts=384))
+    dpo: DPO = field(default_factory=lambda: DPO(lr_scale=2.0, batches=24))
     """DPO's settings"""
     dpo_epochs: int = 2
     """Passes over the pairs"""
@@ -125,10 +125,12 @@ def dpo_duel(
     ring = Ring.of(models, folder, duel, seed, clip_gradients=True)
     settings, task = duel.dpo, ring.task()
     lab = ring.lab(task=task)
-    pairs = sampled_pairs(lab, settings)
-    batches = [list(dpo.orders(len(pairs), settings, lab.seed(epoch))) for epoch in range(duel.dpo_epochs)]
+    pairs, size = sampled_pairs(lab, settings), dpo.per_step(lab, settings)
+    batches = [
+        list(dpo.orders(len(pairs), settings, size, lab.seed(epoch))) for epoch in range(duel.dpo_epochs)
+    ]
     steps = sum(map(len, batches))
-    spec = _dpo_spec(ring, task, settings, [[*chain(*epoch)] for epoch in batches])
+    spec = _dpo_spec(ring, task, settings, size, [[*chain(*epoch)] for epoch in batches])
     write_pairs(token_pairs(pairs), folder / "pairs.jsonl")
 
     def ours() -> dict[str, Any]:
@@ -140,7 +142,8 @@ def dpo_duel(
 
     sides = _in_turn(ours, theirs, ours_first)
     heldout = sampled_pairs(
-        ring.lab(task=replace(task, prompts=task.heldout)), replace(settings, prompts=duel.heldout_pairs)
+        ring.lab(task=replace(task, prompts=task.heldout)),
+        replace(settings, batches=max(1, duel.heldout_pairs // size)),
     )
 
     def of_pairs(task: Task) -> dict[str, float]:
@@ -175,8 +178,13 @@ def ppo_duel(
         "new_tokens": ring.config.rollout.max_new_tokens,
         "temperature": ring.config.rollout.temperature,
         "value_coef": 1.0,  # as a network of its own has it here
-        **{name: getattr(settings, name) for name in ("lr", "value_lr", "epochs", "minibatches", "kl_coef")},
-        **{name: getattr(settings, name) for name in ("gamma", "lam", "clip", "value_clip")},
+        **{
+            name: getattr(settings, name)
+            for name in ("epochs", "minibatches", "kl_coef", "gamma", "lam", "clip")
+        },
+        "lr": settings.lr_scale * ring.config.optim.lr,
+        "value_lr": settings.value_lr_scale * ring.config.optim.lr,
+        "value_clip": 1e9,  # theirs is in another unit and cannot be switched off
     }
 
     def ours() -> dict[str, Any]:
@@ -220,7 +228,7 @@ def agreement(ring: Ring, pairs: Pairs, settings: DPO, spec: dict[str, Any], pyt
             noise = torch.randn(weight.shape, generator=draw)
             weight += 0.05 * weight.std().nan_to_num() * noise
     lab.policy.save(moved)
-    loss = dpo.add_up_gradients(lab, settings, pairs, chosen)
+    loss, _ = dpo.add_up_gradients(lab, settings, pairs, chosen)
     own = {name: weight.grad for name, weight in lab.policy.model.named_parameters()}
     write_pairs(token_pairs(pairs)[: len(chosen)], batch)
     found = run_peer(python, "trl_dpo.py", spec | {"folder": str(moved), "batch": str(batch)}, threads=1)
@@ -240,15 +248,15 @@ def agreement(ring: Ring, pairs: Pairs, settings: DPO, spec: dict[str, Any], pyt
     } | errors
 
 
-def _dpo_spec(ring: Ring, task: Task, settings: DPO, orders: list[list[int]]) -> dict[str, Any]:
+def _dpo_spec(ring: Ring, task: Task, settings: DPO, size: int, orders: list[list[int]]) -> dict[str, Any]:
     return ring.common_spec(task) | {
         "reference": str(ring.models / "start"),
         "pairs": str(ring.folder / "pairs.jsonl"),
         "batch": None,
         "beta": settings.beta,
-        "lr": settings.lr,
+        "lr": settings.lr_scale * ring.config.optim.lr,
         "orders": orders,
-        "pairs_per_step": settings.pairs,
+        "pairs_per_step": size,
         "max_grad_norm": ring.config.optim.max_grad_norm,
     }
 

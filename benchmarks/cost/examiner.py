@@ -25,17 +25,22 @@ class Examiner:
 
     def __init__(self, task: Task, engine: RolloutEngine, config: TrainConfig) -> None:
         self._task, self._engine, self._config = task, engine, config
-        self._start = None if task.policy.is_lora else task.policy.frozen_copy()
+        self._start = None if task.policy.is_lora else task.policy.frozen_copy().to("cpu")
         self.gains: Tensor | None = None
         """(n) what each held-out prompt's quality has gained since the first time"""
         self._before: Tensor | None = None
+        self._scale: tuple[Tensor, Tensor] | None = (
+            None  # (R,) each: the start policy's mean rewards and deviations
+        )
         self._version = 1 << 40  # of the weights: none that a step has
 
     def __call__(self) -> dict[str, Any]:
         """The entries of the curve that say how good the policy is, as it is now.
 
-        `judge` and `reward`: means by objective (without a judge the rewards stand for both); `mean` and `worst` of
-        the judge's; `over_refusal`: share of prompts that should be answered and are refused; `distinct`: distinct
+        `judge` and `reward`: means by objective; without a judge the rewards stand for it, turned so that more is
+        better and in standard deviations of the start policy's, and so does `score`, their weighted mean, always;
+        `mean` and `worst` of the judge's; `over_refusal`: share of prompts that should be answered and are refused;
+        `distinct`: distinct
         pairs of neighbouring tokens over all pairs; `kl`: nats a completion from the start policy, estimated on these
         completions; `length` in tokens.
         """
@@ -50,22 +55,39 @@ class Examiner:
         scored = task.scorer(task.heldout, texts, lengths).rewards.double()  # (n, R)
         names = task.scorer.names
         found: dict[str, Any] = {"reward": dict(zip(names, scored.nanmean(0).tolist(), strict=True))}
-        rated, refused = self._judged(texts) if task.judge else (scored, None)
-        if refused is not None:
+        weights = task.scorer.weights.double()
+        relative = self._relative(scored) * weights.sign()
+        found["score"] = (relative.nanmean(0) * weights.abs()).nansum().item() / weights.abs().sum().item()
+        rated = relative
+        if task.judge:
+            rated, refused = self._judged(texts)
             found["over_refusal"] = refused.nanmean().item()
-        found["judge"] = dict(zip(names, rated.nanmean(0).tolist(), strict=True))
-        quality = rated.nanmean(1)
+        means = dict(zip(names, rated.nanmean(0).tolist(), strict=True))
+        counts = [name for name, weight in zip(names, weights.tolist(), strict=True) if weight]
+        found["judge"] = {name: means[name] for name in counts}
+        quality = rated[:, weights != 0].nanmean(1)
         self._before = quality if self._before is None else self._before
         self.gains = quality - self._before
         found |= {
-            "mean": sum(found["judge"].values()) / len(names),
+            "mean": sum(found["judge"].values()) / len(counts),
             "worst": min(found["judge"].values()),
             "distinct": distinct_pairs([completion.token_ids for completion in completions]),
             "kl": self._divergence(task.heldout, completions),
             "length": sum(lengths) / len(lengths),
         }
         task.policy.train(was_training)
+        self._engine.sleep()  # what it holds for these prompts is not the algorithm's
+        self._engine.wake()
         return found
+
+    def _relative(self, scored: Tensor) -> Tensor:
+        """(n, R): rewards less the start policy's mean, in its standard deviations."""
+        if self._scale is None:
+            mean = scored.nanmean(0)
+            deviation = (scored - mean).square().nanmean(0).sqrt()
+            self._scale = mean, torch.where(deviation > 0, deviation, 1.0)
+        mean, deviation = self._scale
+        return (scored - mean) / deviation
 
     def _judged(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """(n, R) and (n,): scores by objective, and whether an answer was refused; NaN where it says nothing."""
@@ -80,6 +102,7 @@ class Examiner:
     @torch.no_grad()
     def _divergence(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> float:
         policy, total = self._task.policy, 0.0
+        start = None if self._start is None else self._start.to(policy.device)
         batches = pack(
             [prompt.token_ids for prompt in prompts],
             [completion.token_ids for completion in completions],
@@ -88,10 +111,12 @@ class Examiner:
         )
         for batch in (batch.to(policy.device) for batch in batches):
             own = batch.gather([completion.logprobs for completion in completions])
-            then, _ = (self._start or policy).logprobs(
-                batch, temperature=self._config.rollout.temperature, reference=self._start is None
+            then, _ = (start or policy).logprobs(
+                batch, temperature=self._config.rollout.temperature, reference=start is None
             )
             total += (own - then).double().sum().item()
+        if start is not None:
+            start.to("cpu")
         return total / len(completions)
 
     def worse(self) -> bool:

@@ -70,15 +70,17 @@ class Lab:
     """The policy's, for counting"""
     frozen_size: Architecture
     """The reference's: the policy without adapters"""
-    value_size: Architecture
-    """Of a value network on the policy's trunk; with LoRA an adapter on it"""
     reward_sizes: list[Architecture]
 
     @classmethod
     def of(
         cls, config: TrainConfig, task: Task, engine: RolloutEngine, ledger: Ledger, *, start: Path
     ) -> Lab:
-        """A lab for this task, its judge taken away."""
+        """A lab for this task, its judge taken away.
+
+        Completions are scored after they have all been generated, whatever the device: a phase is a phase.
+        """
+        config = replace(config, reward=replace(config.reward, overlap="off"))
         model, checkpointing = task.policy.model.config, config.policy.gradient_checkpointing
         return cls(
             config=config,
@@ -88,7 +90,6 @@ class Lab:
             start=start,
             size=Architecture.of(model, lora_settings(config), checkpointing=checkpointing),
             frozen_size=Architecture.of(model),
-            value_size=Architecture.of(model, lora_settings(config), heads=1, checkpointing=checkpointing),
             reward_sizes=[
                 Architecture.of(reward.model.config, heads=len(reward.layout.names))
                 for reward in reward_models(task)
@@ -127,13 +128,24 @@ class Lab:
         """Where the sampling of a step begins, as in training."""
         return (self.config.seed << 32) + step + 1
 
-    def sample(self, prompts: list[Prompt], n: int, step: int) -> Sequences:
-        """`n` completions of each prompt by the policy as it is, scored on every objective."""
+    @property
+    def sequences_per_step(self) -> int:
+        """Completions of one of GRPO's steps, which the others' amounts follow."""
+        return self.config.rollout.prompts_per_step * self.config.rollout.group_size
+
+    def sample(self, prompts: list[Prompt], n: int, step: int, *, draw: int | None = None) -> Sequences:
+        """`n` completions of each prompt by the policy as it is in this step, scored on every objective.
+
+        `draw` (None: the step) says which random numbers, where a step samples several times.
+        """
         task, ledger = self.task, self.ledger
         with ledger.phase("generate"):
             self.engine.push(self.policy.named_weights(), step)
             completions = self.engine.generate(
-                [prompt.token_ids for prompt in prompts], n, task.sampling, self.seed(step)
+                [prompt.token_ids for prompt in prompts],
+                n,
+                task.sampling,
+                self.seed(step if draw is None else draw),
             )
             texts = [task.decode(completion.token_ids) for completion in completions]
         prompt_of = [index for index in range(len(prompts)) for _ in range(n)]
@@ -214,7 +226,8 @@ class Reference:
         """Log-probs of every completion's tokens."""
         found: list[Tensor] = [torch.empty(0)] * len(sequences.completions)
         with self._lab.ledger.phase("reference"):
-            for batch in sequences.packed(self._lab):
+            batches = sequences.packed(self._lab)
+            for batch in batches:
                 logprobs, _ = self.logprobs(batch, temperature=self._lab.config.rollout.temperature)
                 spread_out(found, batch, logprobs)
         return found

@@ -63,20 +63,30 @@ class Ledger:
     """
 
     def __init__(
-        self, budget: Budget, device: torch.device, examine: Callable[[], dict[str, Any]] | None = None
+        self,
+        budget: Budget,
+        device: torch.device,
+        examine: Callable[[], dict[str, Any]] | None = None,
+        *,
+        warmup: int = 0,
     ) -> None:
-        self._budget, self._device, self._examine = budget, device, examine
-        self.spent = Spent()
-        self.phase_s: dict[str, float] = defaultdict(float)
-        self.phase_cpu_s: dict[str, float] = defaultdict(float)
-        self.flops: dict[str, int] = defaultdict(int)
+        """The first `warmup` steps cost nothing."""
+        self._budget, self._device, self._examine, self._warmup = budget, device, examine, warmup
+        self._start_over()
         self.curve: list[dict[str, Any]] = []
         self._parts: dict[str, int] = {}
         self._optimizers: list[Optimizer] = []
         self._running: list[str] = []
         self._mark = (0.0, 0.0)
         self._not_finite = 0
+        self._exhausted: set[str] = set()
         self._peak = _Peak(device)
+
+    def _start_over(self) -> None:
+        self.spent = Spent()
+        self.phase_s: dict[str, float] = defaultdict(float)
+        self.phase_cpu_s: dict[str, float] = defaultdict(float)
+        self.flops: dict[str, int] = defaultdict(int)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -118,6 +128,10 @@ class Ledger:
             self._parts[name] = sum({id(p): _bytes(p) for p in own}.values())
         self._optimizers += optimizers
 
+    def exhausted(self, currency: str) -> None:
+        """The algorithm will spend no more of this currency, so its budget is waited for no longer."""
+        self._exhausted.add(currency)
+
     def took(self, loss: float, *norms: float) -> None:
         """A step is done. Raises Diverged after three in a row whose loss or gradient is not finite."""
         fine = math.isfinite(loss) and all(map(math.isfinite, norms))
@@ -134,6 +148,8 @@ class Ledger:
             yield step
             self._peak.end()
             step += 1
+            if step == self._warmup:
+                self._start_over()
             share = self.spent.wall_s / self._budget.wall_s * self._budget.evaluations
             if share >= due and not self._used_up(step):
                 self._evaluate(step)
@@ -142,10 +158,9 @@ class Ledger:
 
     def _used_up(self, step: int) -> bool:
         spent, budget = self.spent, self._budget
-        every = (
-            spent.wall_s >= budget.wall_s
-            and spent.generated_tokens >= budget.generated_tokens
-            and spent.training_flops >= budget.training_flops
+        every = all(
+            name in self._exhausted or getattr(spent, name) >= getattr(budget, name)
+            for name in ("wall_s", "generated_tokens", "training_flops")
         )
         return every or step >= budget.steps or spent.wall_s >= budget.longest * budget.wall_s
 

@@ -178,6 +178,13 @@ def _command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=512, help="length of the completions")
+    parser.add_argument(
+        "--reward-size", choices=list(QWEN), help="of the reward model; default: the policy's"
+    )
+    parser.add_argument("--no-kl", action="store_true", help="GRPO without a reference")
+    parser.add_argument("--updates", type=int, default=1, help="passes of GRPO over a batch")
+    parser.add_argument("--epochs", type=int, default=2, help="passes of PPO over a batch")
+    parser.add_argument("--minibatches", type=int, default=2, help="optimizer steps of PPO in a pass")
     parser.add_argument("--lora-rank", type=int, default=0, help="0: all parameters are trained")
     parser.add_argument("--token-budget", type=int, default=16384, help="positions of a micro-batch")
     parser.add_argument("--steps", type=int, default=500, help="steps of the run")
@@ -189,7 +196,8 @@ def _command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--check", action="store_true", help="hold the model against real steps on this CPU")
     parser.add_argument("--output", help="JSON of the table, or of --check")
     args = parser.parse_args(argv)
-    for name in ("gpus", "prompts", "group", "prompt_tokens", "token_budget", "steps"):
+    counts = ("gpus", "prompts", "group", "prompt_tokens", "token_budget", "steps")
+    for name in (*counts, "updates", "epochs", "minibatches"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.new_tokens < 2:
@@ -217,7 +225,12 @@ def _command(argv: Sequence[str] | None) -> int:
     for name, config in _configs(args.size, args.model):
         job = Job(
             policy=config,
+            reward=QWEN[args.reward_size].config() if args.reward_size else None,
             lora=lora,
+            kl=not args.no_kl,
+            updates=args.updates,
+            epochs=args.epochs,
+            minibatches=args.minibatches,
             prompts=args.prompts,
             group=args.group,
             prompt_tokens=args.prompt_tokens,
@@ -238,10 +251,13 @@ def _command(argv: Sequence[str] | None) -> int:
         }
         write_atomically(Path(args.output), json.dumps(record, indent=1) + "\n")
     console.print(f"Rates: {rates.about}{'' if rates.measured else ' (ASSUMED, not measured)'}.")
+    kl = "without a reference" if args.no_kl else "with a KL term"
+    reader = f"of {args.reward_size}" if args.reward_size else "as large as the policy"
     console.print(
-        "GRPO compares the completions of a group, with a KL term. PPO takes one completion of as many prompts, two "
-        "epochs of two minibatches. DPO trains on the best and the worst of a group; offline each pair serves three "
-        "steps, and a step bears a third of sampling it."
+        f"The reward model is {reader}. GRPO compares the completions of a group, {kl}, and passes over them "
+        f"{args.updates} x. PPO takes one completion of as many prompts: {args.epochs} epochs of {args.minibatches} "
+        "minibatches. DPO trains on the best and the worst of a group; offline each pair serves three steps, and a "
+        "step bears a third of sampling it."
     )
     return 0
 

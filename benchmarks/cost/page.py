@@ -31,9 +31,11 @@ RECORDS = {
     "cost-cpu": "python -m benchmarks.cost",
     "cost-quick-cpu": "python -m benchmarks.cost --quick",
     "cost-model-cpu": "python -m benchmarks.cost.model --check --output benchmarks/results/cost-model-cpu.json",
+    "cost-steps-cuda": "python -m benchmarks.cost.steps",
     "cost-sizes": "python -m benchmarks.cost.model --output benchmarks/results/cost-sizes.json",
     "cost-peers-cpu": "python -m benchmarks.cost.peers --dpo-python DPO/bin/python --ppo-python PPO/bin/python",
-    "ablations-cpu": "python -m benchmarks.ablations --output benchmarks/results/ablations-cpu.json",
+    "ablations-cpu": "python -m benchmarks.ablations --threads 1 --clock cpu --repeats 7 "
+    "--output benchmarks/results/ablations-cpu.json",
 }
 """Names of the records, without .json, and the commands that make them."""
 TITLES = {
@@ -91,6 +93,7 @@ def report(record: dict[str, Any], folder: Path, source: Path | None = None) -> 
     """Write FOLDER/report.html of a record, with its pictures beside it; the path of the page."""
     from benchmarks.cost.pictures import draw
 
+    check_equal_terms(record)
     pictures = [
         Picture(path=path, caption=TITLES[path.stem.removeprefix("cost-")])
         for path in draw(record, folder, "cost")
@@ -279,6 +282,7 @@ BLOCKS: dict[str, Callable[[Records], str]] = {
     "search": _search,
     "quick": _quick,
     "model": _other("cost-model-cpu"),
+    "steps": _other("cost-steps-cuda"),
     "sizes": _sizes,
     "peers": _other("cost-peers-cpu"),
     "ablations": _ablations,

@@ -25,8 +25,8 @@ def verdict(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Whether ours reaches the peer: differences of the judge's mean, ours - theirs, seed by seed.
 
     `ci95` is Student's interval of the mean difference over the seeds. `says`: "above" or "below" where the interval
-    leaves 0 out, "level" where it does not, "one seed" where there is no interval, else the status of the side that
-    has nothing to compare.
+    leaves 0 out, "not told apart" where it does not, "one seed" where there is no interval, else the status of the
+    side that has nothing to compare.
     """
     from scipy.stats import t as student  # slow to load, and a page needs it not
 
@@ -42,7 +42,10 @@ def verdict(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return found | {"ci95": None, "says": "one seed"}
     half = float(student.ppf(0.975, len(both) - 1)) * stdev(differences) / math.sqrt(len(both))
     low, high = found["difference"] - half, found["difference"] + half
-    return found | {"ci95": [low, high], "says": "above" if low > 0 else "below" if high < 0 else "level"}
+    return found | {
+        "ci95": [low, high],
+        "says": "above" if low > 0 else "below" if high < 0 else "not told apart",
+    }
 
 
 def rows(record: Mapping[str, Any]) -> list[list[Any]]:

@@ -12,7 +12,6 @@ with the same hyper-parameters; the trained policies are then examined by the sa
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from benchmarks.cost.duels import LIMITS, Duel, dpo_duel, ppo_duel
 from benchmarks.cost.peer_table import table, verdict
 from benchmarks.machine import commit, device_name, versions
 from benchmarks.page import command_line, page_of
+from grpo_fast.config.command_line import parse
 from grpo_fast.errors import UserError
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
 from grpo_fast.run.metrics import write_atomically
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, duel: Duel | None = None) -> int:
             f"--{name}-python", default="", help=f"Python of an environment with TRL's {name.upper()}"
         )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
     parser.add_argument(
         "--models", type=Path, help="folder with start/ and reward_model/; default: trained in --folder"
     )
@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None, duel: Duel | None = None) -> int:
     args = parser.parse_args(argv)
     pythons = {name: getattr(args, f"{name}_python") for name in DUELS}
     prepare_libraries(args.threads)
-    models = args.models or args.folder / "world"
-    if args.models and not is_prepared(models):
+    models, config = args.models or args.folder / "world", parse([]).config
+    if args.models and not is_prepared(models, config):
         raise UserError(
             f"--models {models}: needs start/ and reward_model/, as a run of grpo_fast.train leaves them"
         )
-    if not is_prepared(models):
+    if not is_prepared(models, config):
         _train_models(models, args.threads)
     record = measure(models, args.folder, duel or Duel(), pythons, args.seeds, args.threads)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.cost.cell import Job
 from benchmarks.machine import commit, device_name
+from grpo_fast.config.resolve import resolve_device
 from grpo_fast.errors import UserError
 from grpo_fast.run.metrics import write_atomically
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_S = 5.0
 Tell = Callable[[str], None]
 
 
@@ -60,7 +60,12 @@ def run_all(jobs: Mapping[Path, Job], *, parallel: int, tell: Tell) -> None:
                 tell(f"{done}/{total} {line}; about {each * (total - done) / 60:.0f} min left")
     finally:
         for work in running:
-            work.process.kill()
+            work.process.terminate()
+        for work in running:
+            try:
+                work.process.wait(timeout=PATIENCE_S)  # it may have a server of its own to end
+            except subprocess.TimeoutExpired:
+                work.process.kill()
 
 
 def is_finished(target: Path, job: Job) -> bool:
@@ -117,7 +122,7 @@ def failed_cell(job: Job, why: str) -> dict[str, Any]:
         "settings": job.choice,
         "status": "failed",
         "why": why,
-        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": device_name(resolve_device(job.config()).type),
         "commit": commit(),
         "fingerprint": None,
         "memory": None,

@@ -89,11 +89,14 @@ def quality_table(record: dict[str, Any]) -> Table | None:
     columns = [column for column in columns if measured(record, column)]
     cost = equal_cost(record, "wall_s")
     rows = []
+    broken = False
     for name in algorithms_of(record):
         cells = cells_of(record, name).values()
+        ended = sum(cell["status"] != "finished" for cell in cells)
+        broken = broken or bool(ended)
         rows.append(
             (
-                name_of(record, name),
+                name_of(record, name) + (f" † {ended}" if ended else ""),
                 *(
                     _spread([quality_at(cell, "wall_s", cost, column) for cell in cells])
                     for column in columns
@@ -103,7 +106,8 @@ def quality_table(record: dict[str, Any]) -> Table | None:
     names = {"distinct": "diversity", "over_refusal": "over-refusal", "kl": "KL, nats"}
     head = ("algorithm", *(names.get(column, column) for column in columns))
     title = f"After {cost:.0f} s (mean ± standard deviation over seeds)"
-    return Table(title=title, head=head, rows=tuple(rows)) if rows else None
+    note = "† runs that diverged or failed count with their last evaluation before that." if broken else ""
+    return Table(title=title, head=head, rows=tuple(rows), note=note) if rows else None
 
 
 def difference_table(record: dict[str, Any]) -> Table | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cost.analysis import budgeted, cells_of, name_of
-from benchmarks.cost.curves import CURRENCIES, end
+from benchmarks.cost.curves import CURRENCIES, FEWEST, end
 from grpo_fast.errors import UserError
 
 
@@ -42,6 +42,9 @@ def mixed(record: dict[str, Any]) -> list[str]:
     threads = sorted({cell.get("threads", record["threads"]) for cell in record["cells"]})
     if len(threads) > 1:
         found.append(f"Cells ran on {' or '.join(map(str, threads))} threads: times do not compare.")
+    built = {str(cell["versions"]) for cell in record["cells"] if cell.get("versions")}
+    if len(built) > 1:
+        found.append("Cells ran with different versions of PyTorch or its libraries: times do not compare.")
     commits = sorted({cell.get("commit", record["commit"]) for cell in record["cells"]} | {record["commit"]})
     if len(commits) > 1:
         found.append(
@@ -64,8 +67,8 @@ def warnings(record: dict[str, Any]) -> list[str]:
     seeds = sorted({cell["seed"] for cell in cells})
     if len(seeds) < 2:
         found.append("One seed: no interval, and no order is certain.")
-    elif len(seeds) < 5:
-        found.append(f"{len(seeds)} seeds: the intervals are little more than the span of the seeds.")
+    elif len(seeds) < FEWEST:
+        found.append(f"{len(seeds)} seeds: too few for an order to be called certain.")
     for name in record["algorithms"]:
         missing = [seed for seed in seeds if seed not in cells_of(record, name)]
         if missing:
