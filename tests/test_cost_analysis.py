@@ -85,6 +85,18 @@ def test_the_interval_of_known_data():
     assert curves.bootstrap([(2.0, 2.0)] * 5) == (2.0, 2.0)
 
 
+def test_few_seeds_and_close_calls_make_no_order():
+    def found(ratios):
+        pairs = {seed: ((1.0, 1.0), (ratio, ratio)) for seed, ratio in enumerate(ratios)}
+        return curves.compared("wall_s", "grpo", "ppo", pairs, ratio=True)
+
+    assert not found([2.0, 2.1, 2.2, 2.1]).certain, "four seeds"
+    assert found([2.0, 2.1, 2.2, 2.1, 1.9]).certain
+    close = found([1.01, 1.02, 1.6, 1.01, 1.02])  # the bootstrap leaves 1 out, Student's interval does not
+    assert close.interval is not None and close.interval[0] > 1 and not close.certain
+    assert curves.student([0.0, 2.0]) == pytest.approx((1 - 12.706, 1 + 12.706), rel=1e-3)
+
+
 def test_one_seed_gives_no_interval_and_no_order():
     record = record_of([paced("grpo", 0, 1), paced("ppo", 0, 3)])
     found = comparisons(record, "ppo")["wall_s"]
@@ -98,7 +110,7 @@ def test_one_seed_gives_no_interval_and_no_order():
 
 
 def test_a_run_that_never_arrives_is_a_bound_not_a_gap():
-    cells = [paced("grpo", seed, 1) for seed in range(3)] + [stuck("dpo", seed) for seed in range(3)]
+    cells = [paced("grpo", seed, 1) for seed in range(5)] + [stuck("dpo", seed) for seed in range(5)]
     record = record_of(cells)
     target = analysis.Target(name="", quality="mean", level=0.6)
     found = analysis.compare_costs(record, target, "wall_s", "dpo")
@@ -119,7 +131,7 @@ def test_one_grpo_seed_that_never_arrives_makes_the_order_uncertain():
 
 
 def test_differences_of_quality_at_equal_cost():
-    cells = [paced("grpo", seed, 1) for seed in range(3)] + [stuck("dpo", seed) for seed in range(3)]
+    cells = [paced("grpo", seed, 1) for seed in range(5)] + [stuck("dpo", seed) for seed in range(5)]
     found = analysis.compare_qualities(record_of(cells, budget=20.0), "wall_s", "mean", "dpo")
     assert found.estimate == pytest.approx((-0.25, -0.25)) and standing(found) == "ahead"
 
@@ -149,7 +161,7 @@ def test_without_a_judge_what_it_would_measure_is_left_out():
 
 
 def test_more_refusals_are_worse():
-    cells = [paced(name, seed, 1) for name in ("grpo", "dpo") for seed in range(2)]
+    cells = [paced(name, seed, 1) for name in ("grpo", "dpo") for seed in range(5)]
     for found in cells:
         for entry in found["curve"]:
             entry["over_refusal"] = 0.1 if found["algorithm"] == "dpo" else 0.3
@@ -251,13 +263,13 @@ def test_a_currency_without_a_budget_sets_no_target():
 
 
 def test_a_diverged_cell_counts_against_its_algorithm():
-    cells = [paced("grpo", seed, 1) for seed in range(3)] + [paced("ppo", seed, 2) for seed in range(2)]
-    broken = cell("ppo", 2, LINE[:2], status="diverged", why="loss is not finite")
+    cells = [paced("grpo", seed, 1) for seed in range(5)] + [paced("ppo", seed, 2) for seed in range(4)]
+    broken = cell("ppo", 4, LINE[:2], status="diverged", why="loss is not finite")
     record = record_of([*cells, broken])
     found = comparisons(record, "ppo")["wall_s"]
-    assert len(found.pairs) == 3 and found.estimate[1] == math.inf and standing(found) == "ahead"
-    assert any("seed 2: diverged (loss is not finite)" in line for line in terms.warnings(record))
-    assert "PPO reached the target with 2 of 3 seeds." in verdicts(record)[-1]
+    assert len(found.pairs) == 5 and found.estimate[1] == math.inf and standing(found) == "ahead"
+    assert any("seed 4: diverged (loss is not finite)" in line for line in terms.warnings(record))
+    assert "PPO reached the target with 4 of 5 seeds." in verdicts(record)[-1]
 
 
 def test_a_cell_without_any_evaluation_leaves_nothing_certain():
@@ -270,8 +282,8 @@ def test_a_cell_without_any_evaluation_leaves_nothing_certain():
 
 
 def test_the_sentences_say_where_grpo_loses():
-    cells = [paced("grpo", seed, 2) for seed in range(3)] + [
-        paced("dpo", seed, 1 + seed / 10) for seed in range(3)
+    cells = [paced("grpo", seed, 2) for seed in range(5)] + [
+        paced("dpo", seed, 1 + seed / 10) for seed in range(5)
     ]
     lines = verdicts(record_of(cells))
     assert any(line.startswith("Wall time") and "GRPO loses to DPO offline" in line for line in lines)
@@ -294,10 +306,10 @@ def test_the_search_shows_what_was_varied_and_what_came_of_it():
 
 
 def test_the_terminal_shows_warnings_tables_and_sentences(capsys):
-    record = json.loads(json.dumps(lively_record(seeds=2)))
+    record = json.loads(json.dumps(lively_record(seeds=5)))
     Console(width=160).print(tables.terminal(record, wide=True))
     text = capsys.readouterr().out
-    assert "! 2 seeds" in text and "Hyper-parameter search" in text and "GRPO is ahead of" in text
+    assert "! PPO shared trunk" in text and "Hyper-parameter search" in text and "GRPO is ahead of" in text
     rows = tables.markdown(tables.tables(record)[1]).splitlines()
     assert len(rows) == 4 + 9 and len({row.count("|") for row in rows[2:]}) == 1
 

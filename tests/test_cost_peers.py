@@ -37,7 +37,7 @@ REPLIES = ["First, get water.", "", "no"]
 SMALL = Duel(
     ppo=PPO(standardize=False, epochs=1),
     ppo_steps=2,
-    dpo=DPO(batches=1, samples=2),
+    dpo=DPO(batches=3, samples=2),
     dpo_epochs=2,
     heldout_pairs=4,
     prompts_per_step=2,
@@ -228,7 +228,7 @@ def test_nothing_but_answers_reaches_a_peers_standard_output():
     [
         ([0.60, 0.62, 0.61], [0.50, 0.51, 0.52], "above"),
         ([0.50, 0.51, 0.52], [0.60, 0.62, 0.61], "below"),
-        ([0.50, 0.62, 0.55], [0.52, 0.58, 0.56], "level"),
+        ([0.50, 0.62, 0.55], [0.52, 0.58, 0.56], "not told apart"),
         ([0.60], [0.50], "one seed"),
     ],
 )
@@ -269,7 +269,7 @@ def test_a_finished_duel_is_not_run_again_except_on_other_terms(tmp_path, monkey
     again = peers.measure(tmp_path, tmp_path, SMALL, pythons, [0, 1, 2], 1)
     assert fought == [(0, True), (1, False), (2, True)], "the sides do not begin by turns"
     assert again["duels"]["dpo"]["runs"][:2] == first["duels"]["dpo"]["runs"]
-    assert again["duels"]["dpo"]["verdict"]["says"] == "level"
+    assert again["duels"]["dpo"]["verdict"]["says"] == "not told apart"
     peers.measure(tmp_path, tmp_path, replace(SMALL, ppo_steps=3), pythons, [0], 1)
     peers.measure(tmp_path, tmp_path, SMALL, {"dpo": "another"}, [1], 1)
     assert fought[3:] == [(0, True), (1, False)]
