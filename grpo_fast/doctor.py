@@ -75,6 +75,8 @@ def _command(argv: Sequence[str] | None) -> int:
 def table(findings: Sequence[Finding]) -> Table:
     """The report for a terminal."""
     drawn = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(3):
+        drawn.add_column(overflow="fold")
     colours, last = {"fine": "green", "note": "yellow", "problem": "red bold"}, ""
     for finding in findings:
         drawn.add_row(

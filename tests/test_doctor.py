@@ -16,11 +16,8 @@ def test_a_machine_that_can_run_is_fine(tmp_path, capsys):
         doctor.main(["--json", "--folder", str(tmp_path / "runs")])
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert stop.value.code == 0, [f for f in findings if f["state"] == "problem"]
-    by_name = {finding["what"]: finding for finding in findings}
-    assert (
-        by_name["torch"]["says"] == torch.__version__.partition("+")[0]
-        or torch.__version__ in by_name["torch"]["says"]
-    )
+    by_name = {finding["what"]: finding for finding in findings if finding["part"] != "loss head"}
+    assert by_name["torch"]["says"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"attention", "loss head", "room", "devices"} <= {finding["part"] for finding in findings}
     if not torch.cuda.is_available():
         assert (
@@ -33,7 +30,7 @@ def test_the_table_names_everything(tmp_path, capsys):
     with pytest.raises(SystemExit):
         doctor.main(["--folder", str(tmp_path)])
     shown = capsys.readouterr().out
-    assert "loss head" in shown and str(tmp_path) in shown
+    assert "loss head" in shown and tmp_path.name in "".join(shown.split())
 
 
 def test_a_kernel_that_computes_something_else_is_a_problem(monkeypatch):
