@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -158,9 +159,9 @@ def test_rewards_stand_in_for_a_judge_turned_and_scaled(world):
         scored = scorer(*words)
         return replace(scored, rewards=scored.rewards + torch.tensor([1.0, -1.0, -9.0, 1.0]))
 
-    examiner._task = SimpleNamespace(**{**vars(task), "scorer": better})  # pyright: ignore
     better.names, better.weights = scorer.names, scorer.weights
-    examiner._task.decode = task.decode
+    fake: Any = SimpleNamespace(**{**vars(task), "scorer": better, "decode": task.decode})
+    examiner._task = fake
     second = examiner()
     assert min(second["judge"].values()) > 0 and second["score"] > 0 and not examiner.worse()
 

@@ -42,9 +42,13 @@ def test_a_kernel_that_computes_something_else_is_a_problem(monkeypatch):
     assert found.state == "problem" and "ZeroDivisionError" in found.says
 
 
+def broken_path(*_, **__) -> torch.Tensor:
+    raise ZeroDivisionError
+
+
 def test_an_attention_that_fails_is_told_with_its_reason(monkeypatch):
     broken = [
-        backends.Backend(name="broken", choice="sdpa", run=lambda *a, **k: 1 / 0, devices=("cpu",)),
+        backends.Backend(name="broken", choice="sdpa", run=broken_path, devices=("cpu",)),
         backends.REFERENCE,
     ]
     monkeypatch.setattr(backends, "TABLE", broken)

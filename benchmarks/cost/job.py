@@ -266,7 +266,8 @@ def ppo(job: Job, parameters: int, value_parameters: int, *, shared: bool = Fals
         "reward": scored(job, s.reward, p, 1),
         "reference": looked_up(job, s.frozen, p, 1),
         "values": values,
-        "update": update.times(job.epochs),
+        # the old policy's log-probs first
+        "update": _merged(update.times(job.epochs), looked_up(job, s.policy, p, 1)),
     }
 
 
