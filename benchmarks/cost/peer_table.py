@@ -18,15 +18,17 @@ COLUMNS = {
     "seconds": "seconds",
     "cpu_s": "of a core",
 }
+SAME = 0.01
+"""Differences of the judge's mean within this are none: half a standard error of one evaluation."""
 SIDES = {"start": "the start policy", "ours": "ours", "trl": "TRL"}
 
 
 def verdict(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Whether ours reaches the peer: differences of the judge's mean, ours - theirs, seed by seed.
 
-    `ci95` is Student's interval of the mean difference over the seeds. `says`: "above" or "below" where the interval
-    leaves 0 out, "not told apart" where it does not, "one seed" where there is no interval, else the status of the
-    side that has nothing to compare.
+    `ci95` is Student's interval of the mean difference over the seeds. `says`: "level" where all of it is within
+    `SAME`, else "above" or "below" where it leaves 0 out and "not told apart" where it does not; "one seed" where there
+    is no interval; else the status of the side that has nothing to compare.
     """
     from scipy.stats import t as student  # slow to load, and a page needs it not
 
@@ -42,10 +44,10 @@ def verdict(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return found | {"ci95": None, "says": "one seed"}
     half = float(student.ppf(0.975, len(both) - 1)) * stdev(differences) / math.sqrt(len(both))
     low, high = found["difference"] - half, found["difference"] + half
-    return found | {
-        "ci95": [low, high],
-        "says": "above" if low > 0 else "below" if high < 0 else "not told apart",
-    }
+    says = "above" if low > 0 else "below" if high < 0 else "not told apart"
+    if max(-low, high) < SAME:
+        says = "level"
+    return found | {"ci95": [low, high], "says": says}
 
 
 def rows(record: Mapping[str, Any]) -> list[list[Any]]:
