@@ -170,10 +170,12 @@ def run_suite(
         command += ["--benchmark-max-time=0.6", f"--benchmark-json={output}"]
         if clock == "cpu":
             command += ["--benchmark-timer=time.process_time"]
+        # within another suite's worker the plugin would switch itself off
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=environment | {"OMP_NUM_THREADS": str(threads)},
             capture_output=True,
             text=True,
             check=False,

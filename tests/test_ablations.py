@@ -142,15 +142,17 @@ def test_quality_comes_from_committed_records_or_is_said_to_be_missing(tmp_path)
             "algorithm": name,
             "seed": 0,
             "status": status,
-            "curve": [{"judge": {"a": 0.0}}, {"judge": {"a": end}}],
+            "curve": [{"wall_s": 0.0, "judge": {"a": 0.0}}, {"wall_s": 20.0, "judge": {"a": end}}],
         }
         for name, status, end in (("grpo", "finished", 0.5), ("grpo_no_kl", "diverged", 0.9))
     ]
-    (tmp_path / "cost-cpu.json").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "cost-cpu.json").write_text(json.dumps({"cells": cells, "budget": {"wall_s": 10.0}}))
     first, second, third = quality(tmp_path)
     assert first["mean"]["mean"] == pytest.approx(0.05) and first["worst"]["mean"] == pytest.approx(0.1)
     assert first["seeds"] == [0, 1] and first["mean"]["ci95"] == pytest.approx([0.05, 0.05])
-    assert "no seed with" in second["missing"] and "no seed with" in third["missing"]
+    assert "no seed with" in second["missing"]
+    # after equal time, half way; what diverged counts with what it had reached
+    assert third["mean"]["mean"] == pytest.approx(0.9 / 2 - 0.5 / 2) and third["seeds"] == [0]
 
 
 def test_ratios_of_rounds():

@@ -270,7 +270,7 @@ def test_a_finished_duel_is_not_run_again_except_on_other_terms(tmp_path, monkey
     again = peers.measure(tmp_path, tmp_path, SMALL, pythons, [0, 1, 2], 1)
     assert fought == [(0, True), (1, False), (2, True)], "the sides do not begin by turns"
     assert again["duels"]["dpo"]["runs"][:2] == first["duels"]["dpo"]["runs"]
-    assert again["duels"]["dpo"]["verdict"]["says"] == "not told apart"
+    assert again["duels"]["dpo"]["verdict"]["says"] == "level"
     peers.measure(tmp_path, tmp_path, replace(SMALL, ppo_steps=3), pythons, [0], 1)
     peers.measure(tmp_path, tmp_path, SMALL, {"dpo": "another"}, [1], 1)
     assert fought[3:] == [(0, True), (1, False)]
