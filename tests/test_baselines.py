@@ -91,9 +91,9 @@ def ppo_case(place, settings) -> tuple[Sequences, Any, dict[str, Any]]:
     known = {
         "old_logprobs": [
             logprobs + 0.05 * torch.randn(n)
-            for logprobs, n in zip(ppo.look_up_logprobs(place, sequences), lengths, strict=True)
+            for logprobs, n in zip(ppo.look_up_logprobs(place, sequences.packed(place)), lengths, strict=True)
         ],
-        "old_values": ppo.look_up_values(place, value, sequences),
+        "old_values": ppo.look_up_values(place, value, sequences.packed(place)),
         "advantages": [torch.randn(n) for n in lengths],
         "returns": [torch.randn(n) for n in lengths],
     }

@@ -377,6 +377,20 @@ def test_bad_input_is_one_line(words, message):
         command.main(words.split())
 
 
+def test_settings_of_the_miniature_are_not_a_users(tmp_path):
+    save_policy(tmp_path / "policy", "llama")
+    write_prompts(tmp_path / "prompts.jsonl", 24)
+    (tmp_path / "mine.toml").write_text(
+        f'[policy]\nmodel = "{tmp_path / "policy"}"\n[data]\nprompts = "{tmp_path / "prompts.jsonl"}"\n'
+        '[reward]\nfunctions = ["my_rewards:even"]\n'
+    )
+    mine = command.arguments(["--config", str(tmp_path / "mine.toml"), "--search", "off"])
+    choices, source = command.known_choices(mine)
+    assert source == "as they are written" and not any(choices.values())
+    ours, source = command.known_choices(command.arguments(["--search", "off"]))
+    assert source.endswith("cost-cpu.json") and ours["grpo"] == {"lr_scale": 2.0, "minibatches": 2}
+
+
 def test_the_search_takes_the_best_reward_and_diverged_ones_last():
     def row(lr, status, quality, kl=1.0):
         return {"algorithm": "ppo", "choice": {"lr": lr}, "status": status, "quality": quality, "kl": kl}

@@ -115,7 +115,9 @@ def new_pairs(lab: Lab, settings: DPO, queue: PromptQueue, reference: Reference,
             f"no pair: of {settings.batches * per_step(lab, settings)} prompts each has {settings.samples} completions "
             "that score alike; take a reward that tells completions apart, or more of them"
         )
-    return Pairs(sequences=ranked, ref_logprobs=reference.of(ranked))
+    with lab.ledger.phase("reference"):
+        ref_logprobs = reference.of(ranked.packed(lab))
+    return Pairs(sequences=ranked, ref_logprobs=ref_logprobs)
 
 
 def best_and_worst(lab: Lab, sampled: Sequences, settings: DPO) -> Sequences:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.cost import flops
 from benchmarks.cost.architecture import Architecture
-from benchmarks.cost.lab import Lab, Reference, Sequences, spread_out
+from benchmarks.cost.lab import Lab, Reference, Sequences, by_sequence
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.queue import PromptQueue
 from grpo_fast.errors import UserError
@@ -154,11 +154,13 @@ def train(lab: Lab, settings: PPO, value: ValueNetwork | ValueHead | None = None
         # one completion each of as many prompts as a step of GRPO has completions
         prompts = [task.prompts[index] for index in queue.take(lab.sequences_per_step)]
         sequences = lab.sample(prompts, 1, step)
-        ref_logprobs = reference.of(sequences)
+        with ledger.phase("reference"):
+            whole = sequences.packed(lab)  # every look-up reads the same batches
+            ref_logprobs = reference.of(whole)
         with ledger.phase("values"):
-            old_values = look_up_values(lab, value, sequences)
+            old_values = look_up_values(lab, value, whole)
         with ledger.phase("update"):
-            old_logprobs = look_up_logprobs(lab, sequences)
+            old_logprobs = look_up_logprobs(lab, whole)
             scores = lab.scalar(sequences.rewards, standardize=settings.standardize)
             rewards = token_rewards(scores, old_logprobs, ref_logprobs, settings.kl_coef)
             advantages, returns = generalised_advantages(
@@ -177,9 +179,9 @@ def train(lab: Lab, settings: PPO, value: ValueNetwork | ValueHead | None = None
                     add_up_gradients(lab, settings, value, batches, known, spread * settings.value_clip)
                 )
                 done.append(batches)
-                for optimizer, lr in zip(optimizers, rates, strict=True):
-                    norms.append(optimizer.step(lab.warmed_up(lr, step))[0])
-        count(lab, value, sequences, done)
+                for optimizer, rate in zip(optimizers, rates, strict=True):
+                    norms.append(optimizer.step(lab.warmed_up(rate, step))[0])
+        count(lab, value, whole, done)
         ledger.took(sum(losses), *norms)
 
 
@@ -288,22 +290,18 @@ def whitened(per_sequence: list[Tensor]) -> list[Tensor]:
     return list(together.split([len(part) for part in per_sequence]))
 
 
-def look_up_logprobs(lab: Lab, sequences: Sequences) -> list[Tensor]:
+def look_up_logprobs(lab: Lab, batches: list[PackedBatch]) -> list[Tensor]:
     """Log-probs of every token by the policy before the update."""
-    found: list[Tensor] = [torch.empty(0)] * len(sequences.completions)
-    for batch in sequences.packed(lab):
-        spread_out(found, batch, lab.policy.logprobs(batch, temperature=lab.config.rollout.temperature)[0])
-    return found
+    temperature = lab.config.rollout.temperature
+    return by_sequence(batches, lambda batch: lab.policy.logprobs(batch, temperature=temperature)[0])
 
 
 @torch.no_grad()
-def look_up_values(lab: Lab, value: nn.Module, sequences: Sequences) -> list[Tensor]:
+def look_up_values(lab: Lab, value: nn.Module, batches: list[PackedBatch]) -> list[Tensor]:
     """The value model's view of every token before the update."""
-    found: list[Tensor] = [torch.empty(0)] * len(sequences.completions)
-    for batch in sequences.packed(lab):
-        values = value(lab.policy.hidden_states(batch) if isinstance(value, ValueHead) else batch)
-        spread_out(found, batch, values)
-    return found
+    if isinstance(value, ValueHead):
+        return by_sequence(batches, lambda batch: value(lab.policy.hidden_states(batch)))
+    return by_sequence(batches, value)
 
 
 def minibatches(lab: Lab, sequences: Sequences, settings: PPO, step: int) -> Iterator[list[PackedBatch]]:
@@ -317,15 +315,15 @@ def minibatches(lab: Lab, sequences: Sequences, settings: PPO, step: int) -> Ite
 
 
 def count(
-    lab: Lab, value: ValueNetwork | ValueHead, sequences: Sequences, done: list[list[PackedBatch]]
+    lab: Lab, value: ValueNetwork | ValueHead, whole: list[PackedBatch], done: list[list[PackedBatch]]
 ) -> None:
-    """Enter what a step has taken beside sampling, scoring and the reference."""
-    batches, ledger = sequences.packed(lab), lab.ledger
-    ledger.count("update", flops.logprobs(lab.size, batches))
+    """Enter what a step has taken beside sampling, scoring and the reference: look-ups, then optimizer steps."""
+    ledger = lab.ledger
+    ledger.count("update", flops.logprobs(lab.size, whole))
     if isinstance(value, ValueHead):
-        ledger.count("values", sum(flops.body_forward(lab.size, batch) for batch in batches))
+        ledger.count("values", sum(flops.body_forward(lab.size, batch) for batch in whole))
     else:
-        ledger.count("values", flops.scoring(value.size, batches))
+        ledger.count("values", flops.scoring(value.size, whole))
     for step in done:
         work = flops.training(lab.size, step)
         if isinstance(value, ValueNetwork):

@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     budget = budget_of(args)
     config = args.run_config
     inputs_of(config)
-    resolve_device(config)
     choices, source = known_choices(args)
     claim(args, budget)
     prepare_models(args, budget)
@@ -108,8 +107,7 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--choices",
         type=Path,
-        default=RESULTS / "cost-cpu.json",
-        help="without search: settings from this record",
+        help="without search: settings from this record; the miniature's default is the committed one",
     )
     parser.add_argument("--budget-wall", type=float, help="seconds")
     parser.add_argument("--budget-tokens", type=float, help="generated tokens")
@@ -131,7 +129,6 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     args.flags = ["--config", args.config] if args.config else SMALL.split() if args.quick else []
     args.run_config = parse([*args.flags, "--data.eval-size", str(args.eval_size)]).config
     args.device = resolve_device(args.run_config).type
-    kind = args.device
     stem = "cost-quick" if args.quick else "cost"
     args.seeds = args.seeds or ([0, 1] if args.quick else [0, 1, 2, 3, 4])
     args.search = args.search or ("off" if args.quick else "on")
@@ -139,12 +136,12 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     for name in given:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    small = kind == "cpu" and not args.run_config.policy.model
+    small = args.device == "cpu" and not args.run_config.policy.model
     args.jobs = args.jobs or (cores if small else 1)
     args.threads = args.threads or max(1, cores // args.jobs)
     args.folder = args.folder or Path("runs") / (f"{stem}-{Path(args.config).stem}" if args.config else stem)
     own = args.folder / "record.json"  # the user's own models have nothing to do with what is committed
-    args.output = args.output or (own if args.config else RESULTS / f"{stem}-{kind}.json")
+    args.output = args.output or (own if args.config else RESULTS / f"{stem}-{args.device}.json")
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
     if SEARCH_SEED in args.seeds and args.search == "on":
@@ -213,13 +210,14 @@ def claim(args: Namespace, budget: Budget) -> None:
     """Mark the folder as this comparison's; UserError where it holds something else, unless --overwrite."""
     mark = args.folder / "settings.json"
     wanted = asdict(job_of(args, "", 0, budget)) | {"config": to_toml(args.run_config)}
-    if mark.is_file() and not args.overwrite and json.loads(mark.read_text()) != wanted:
-        raise UserError(
-            f"{args.folder} holds the runs of other settings: choose another --folder, or --overwrite"
-        )
-    if not mark.is_file() and args.folder.is_dir() and any(args.folder.iterdir()):
-        raise UserError(f"--folder {args.folder} holds something else: choose one that is new")
-    if args.overwrite and mark.is_file() and json.loads(mark.read_text()) != wanted:
+    if not mark.is_file():
+        if args.folder.is_dir() and any(args.folder.iterdir()):
+            raise UserError(f"--folder {args.folder} holds something else: choose one that is new")
+    elif json.loads(mark.read_text()) != wanted:
+        if not args.overwrite:
+            raise UserError(
+                f"{args.folder} holds the runs of other settings: choose another --folder, or --overwrite"
+            )
         shutil.rmtree(args.folder)
     args.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, json.dumps(wanted, indent=1))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.baselines import dpo, ppo
@@ -24,7 +23,7 @@ from benchmarks.baselines.ppo import PPO, ValueNetwork
 from benchmarks.cost.cell import inputs_of
 from benchmarks.cost.examiner import Examiner
 from benchmarks.cost.handover import TokenPair, run_peer, with_one_output, write_pairs, write_prompts
-from benchmarks.cost.lab import Lab, Reference, spread_out
+from benchmarks.cost.lab import Lab, Reference, by_sequence
 from benchmarks.cost.ledger import PHASES, Budget, Diverged, Ledger
 from grpo_fast.config.command_line import parse
 from grpo_fast.config.resolve import resolve_device
@@ -305,12 +304,10 @@ def _examined(
 @torch.no_grad()
 def _fit(lab: Lab, pairs: Pairs, beta: float) -> dict[str, float]:
     """DPO's loss on pairs, and the share whose better completion gained more over the reference (tied: half)."""
-    gains = torch.empty(len(pairs.sequences.completions))
-    found: list[Tensor] = [torch.empty(0)] * len(gains)
-    for batch in pairs.sequences.packed(lab):
-        spread_out(found, batch, lab.policy.logprobs(batch)[0])
-    for i, (logprobs, ref) in enumerate(zip(found, pairs.ref_logprobs, strict=True)):
-        gains[i] = (logprobs - ref).sum()
+    found = by_sequence(pairs.sequences.packed(lab), lambda batch: lab.policy.logprobs(batch)[0])
+    gains = torch.stack(
+        [(logprobs - ref).sum() for logprobs, ref in zip(found, pairs.ref_logprobs, strict=True)]
+    )
     margins = beta * (gains[0::2] - gains[1::2])
     return {
         "pair_loss": -F.logsigmoid(margins).mean().item(),

@@ -29,9 +29,8 @@ class Examiner:
         self.gains: Tensor | None = None
         """(n) what each held-out prompt's quality has gained since the first time"""
         self._before: Tensor | None = None
-        self._scale: tuple[Tensor, Tensor] | None = (
-            None  # (R,) each: the start policy's mean rewards and deviations
-        )
+        # (R,) each: the start policy's mean rewards, and their standard deviations
+        self._scale: tuple[Tensor, Tensor] | None = None
         self._version = 1 << 40  # of the weights: none that a step has
 
     def __call__(self) -> dict[str, Any]:
@@ -40,9 +39,8 @@ class Examiner:
         `judge` and `reward`: means by objective; without a judge the rewards stand for it, turned so that more is
         better and in standard deviations of the start policy's, and so does `score`, their weighted mean, always;
         `mean` and `worst` of the judge's; `over_refusal`: share of prompts that should be answered and are refused;
-        `distinct`: distinct
-        pairs of neighbouring tokens over all pairs; `kl`: nats a completion from the start policy, estimated on these
-        completions; `length` in tokens.
+        `distinct`: distinct pairs of neighbouring tokens over all pairs; `kl`: nats a completion from the start policy,
+        estimated on these completions; `length` in tokens.
         """
         task, config = self._task, self._config
         was_training = task.policy.training

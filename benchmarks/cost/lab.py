@@ -5,7 +5,7 @@ Letters: P prompts, n completions of each, S = P·n sequences, N completion toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -222,19 +222,17 @@ class Reference:
         lab.ledger.count("reference", flops.logprobs(lab.frozen_size, [batch]))
         return found
 
-    def of(self, sequences: Sequences) -> list[Tensor]:
+    def of(self, batches: list[PackedBatch]) -> list[Tensor]:
         """Log-probs of every completion's tokens."""
-        found: list[Tensor] = [torch.empty(0)] * len(sequences.completions)
+        temperature = self._lab.config.rollout.temperature
         with self._lab.ledger.phase("reference"):
-            batches = sequences.packed(self._lab)
-            for batch in batches:
-                logprobs, _ = self.logprobs(batch, temperature=self._lab.config.rollout.temperature)
-                spread_out(found, batch, logprobs)
-        return found
+            return by_sequence(batches, lambda batch: self.logprobs(batch, temperature=temperature)[0])
 
 
-def spread_out(found: list[Tensor], batch: PackedBatch, values: Tensor) -> None:
-    """Put the (N,) values of a batch where its sequences stand in `found`."""
-    lengths = batch.cu_seqlens.diff().tolist()
-    for index, part in zip(batch.sequence_index.tolist(), values.split(lengths), strict=True):
-        found[index] = part
+def by_sequence(batches: list[PackedBatch], of: Callable[[PackedBatch], Tensor]) -> list[Tensor]:
+    """What `of` says of a batch's tokens, (N,), as one tensor a sequence; the batches hold every sequence once."""
+    found: dict[int, Tensor] = {}
+    for batch in batches:
+        parts = of(batch).split(batch.cu_seqlens.diff().tolist())
+        found |= zip(batch.sequence_index.tolist(), parts, strict=True)
+    return [found[index] for index in range(len(found))]

@@ -17,6 +17,7 @@ from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
 from benchmarks.cost import flops
 from benchmarks.cost.architecture import Architecture
 from benchmarks.machine import commit, device_name
+from benchmarks.step import timing
 from benchmarks.step.work import Shape, model_of, tokenizer_of
 from grpo_fast.attention.plan import PackedPlan
 from grpo_fast.engines.base import Sampling
@@ -177,17 +178,8 @@ def measure_rates(device: str = "cpu", *, widths: Sequence[int] = (128, 256, 512
 
 def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
     """The least of `repeats` calls after a first one (with 1: of that one)."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    samples = []
-    for _ in range(repeats + (repeats > 1)):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = clock()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        samples.append(clock() - started)
-    return min(samples)
+    timer = time.process_time if device == "cpu" else time.perf_counter
+    return min(timing.seconds(run, device, timer=timer) for _ in range(repeats + (repeats > 1)))
 
 
 def _at_width(width: int, device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
