@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM arrived; the step that was running has been finished."""
+
+
 class HalfUpdated(UserError):
     """The same in the middle of a step whose weights have moved already: they must not be saved as a step's end."""
 

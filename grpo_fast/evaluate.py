@@ -6,6 +6,7 @@ Letters: n prompts, R objectives.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,23 +39,34 @@ class Evaluation:
 
 
 def evaluate(task: Task, engine: RolloutEngine, config: TrainConfig, *, seed: int) -> Evaluation:
-    """Sample one completion per held-out prompt, with the same random numbers whenever the seed is, and score it."""
-    completions = engine.generate([prompt.token_ids for prompt in task.heldout], 1, task.sampling, seed)
-    texts = [task.decode(completion.token_ids) for completion in completions]
-    lengths = [len(completion.token_ids) for completion in completions]
-    rewards = task.scorer(task.heldout, texts, lengths).rewards
-    judged = (
-        [task.judge(prompt, text) for prompt, text in zip(task.heldout, texts, strict=True)]
-        if task.judge
-        else None
-    )
-    return Evaluation(
-        names=list(task.scorer.names),
-        completions=texts,
-        finish_reasons=[completion.finish_reason for completion in completions],
-        rewards=[[None if math.isnan(value) else value for value in row] for row in rewards.tolist()],
-        judged=judged,
-    )
+    """Sample one completion per held-out prompt, with the same random numbers whenever the seed is, and score it.
+
+    On several processes each takes its share of the prompts, and all have the whole in the end.
+    """
+    share = task.policy.world.share(len(task.heldout))
+    prompts = [task.heldout[place] for place in share]
+
+    def measured() -> dict[str, Any]:
+        token_ids = [prompt.token_ids for prompt in prompts]
+        completions = engine.generate(token_ids, 1, task.sampling, seed, places=share)
+        texts = [task.decode(completion.token_ids) for completion in completions]
+        rewards = task.scorer(
+            prompts, texts, [len(completion.token_ids) for completion in completions]
+        ).rewards
+        judge = task.judge
+        return {
+            "completions": texts,
+            "finish_reasons": [completion.finish_reason for completion in completions],
+            "rewards": [[None if math.isnan(value) else value for value in row] for row in rewards.tolist()],
+            "judged": [judge(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+            if judge
+            else [],
+        }
+
+    parts = task.policy.world.agreed(measured)
+    joined: dict[str, Any] = {name: [row for part in parts for row in part[name]] for name in parts[0]}
+    joined["judged"] = joined["judged"] or None
+    return Evaluation(names=list(task.scorer.names), **joined)
 
 
 def means(evaluation: Evaluation) -> dict[str, float]:

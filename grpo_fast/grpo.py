@@ -1,5 +1,7 @@
 """One GRPO update: pack the sequences with signal, add up micro-batch gradients, step the optimizer."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -14,7 +16,11 @@ from grpo_fast.errors import HalfUpdated, UserError
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.packing import PackedBatch, pack_chosen
+from grpo_fast.parallel.world import World
 from grpo_fast.rollout import Rollout
+
+EVEN_ROOM = 1.1
+"""Room in evenly filled micro-batches, so that sequences of all lengths find a place."""
 
 
 def update(
@@ -65,7 +71,8 @@ def update(
                 add_up_gradients, policy, rollout.advantages, known, loss, config, normalizer=normalizer
             )
             try:
-                step_losses, step_metrics = budget.run(batches_of, add_up, undo=optimizer.discard)
+                own = budget.run(batches_of, add_up, undo=optimizer.discard)
+                step_losses, step_metrics = pooled(policy.world, batches_of(budget.tokens), *own)
                 check_mismatch(step_metrics, mismatch_limit(config), ahead=config.rollout.ahead)
             except UserError as error:
                 if norms:
@@ -103,15 +110,20 @@ def add_up_gradients(
     *,
     normalizer: float,
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Forward and backward of every micro-batch of one optimizer step; the losses and metrics of each."""
+    """Forward and backward of every micro-batch of one optimizer step; the losses and metrics of each.
+
+    On several processes losses are `world.size` times as large, since gradients become the processes' mean.
+    """
     advantages = advantages.to(policy.device)
     losses, batch_metrics = [], []
-    for batch in batches:
+    for place, batch in enumerate(batches, start=1):
+        policy.sums_gradients(place == len(batches) or config.parallel.reduce == "micro_batch")
         step_loss, metrics = policy(
             batch,
             advantages[batch.sequence_index],
             loss,
-            normalizer=normalizer,
+            normalizer=normalizer / policy.world.size,
+            loss_mask=None if batch.counts else torch.zeros_like(batch.targets, dtype=torch.bool),
             temperature=config.rollout.temperature,
             backend=config.policy.backend,
             **{name: batch.gather(logprobs) for name, logprobs in known.items()},
@@ -151,16 +163,58 @@ def with_signal(
 
 
 def packed(rollout: Rollout, kept: list[int], policy: Policy, token_budget: int) -> list[PackedBatch]:
-    """Micro-batches of the sequences `kept`; their `sequence_index` counts within the whole rollout."""
-    batches = pack_chosen(
+    """This process's micro-batches of the sequences `kept`; `sequence_index` counts within the whole rollout."""
+    pack_to = partial(
+        pack_chosen,
         rollout.prompt_ids,
         [completion.token_ids for completion in rollout.completions],
         kept,
         prompt_of=rollout.prompt_of,
-        token_budget=token_budget,
         share_prefix=policy.packed,
     )
+    batches = dealt(lambda budget: pack_to(token_budget=budget), token_budget, policy.world)
     return [batch.to(policy.device) for batch in batches]
+
+
+def dealt(pack_to: Callable[[int], list[PackedBatch]], token_budget: int, world: World) -> list[PackedBatch]:
+    """This process's share of the micro-batches, as many as every other's; processes work on similar sizes at once.
+
+    Where the number of micro-batches is no multiple of the processes', they are made smaller, so that nobody waits for
+    a full one; what is still missing is a micro-batch that does not count.
+    """
+    batches = pack_to(token_budget)
+    if world.size == 1:
+        return batches
+    rounds = -(-len(batches) // world.size)
+    places = rounds * world.size
+    if len(batches) < places:
+        even = sum(map(tokens_of, batches)) / places
+        smaller = pack_to(max(1, round(EVEN_ROOM * even)))
+        batches = smaller if len(smaller) <= places else batches
+    batches = sorted(batches, key=tokens_of, reverse=True)
+    own = batches[world.rank :: world.size]
+    return own + [replace(batches[-1], counts=False)] * (rounds - len(own))
+
+
+def tokens_of(batch: PackedBatch) -> int:
+    """Positions of a micro-batch."""
+    return batch.input_ids.shape[1]
+
+
+def pooled(
+    world: World, batches: list[PackedBatch], losses: list[Tensor], metrics: list[dict[str, Tensor]]
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Losses and metrics of every process's micro-batches, on every process; alone they stay where they are."""
+    if world.size == 1:
+        return losses, metrics
+    names = list(metrics[0])
+    rows = [
+        torch.stack([loss / world.size, *(values[name].to(loss.dtype) for name in names)])
+        for batch, loss, values in zip(batches, losses, metrics, strict=True)
+        if batch.counts
+    ]
+    table = world.gather_rows(torch.stack(rows) if rows else torch.empty(0, 1 + len(names)))
+    return list(table[:, 0]), [dict(zip(names, row, strict=True)) for row in table[:, 1:]]
 
 
 def step_normalizer(rollout: Rollout, sequences: list[int], loss: LossConfig, config: TrainConfig) -> float:

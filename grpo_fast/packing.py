@@ -35,6 +35,8 @@ class PackedBatch:
     """(S,) int64: position in L of each sequence's last token; None unless packed with keep_last=True"""
     sequence_index: Tensor
     """(S,) int64: which of the completions given to `pack` these are"""
+    counts: bool = True
+    """False for one that only keeps a process in step with the others: nothing of it is added to the loss"""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""

@@ -6,6 +6,8 @@ Letters: P prompts, G completions a prompt, S = P·G sequences, R objectives.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from grpo_kernels import group_advantages
@@ -15,7 +17,8 @@ from grpo_fast.config.resolve import advantage_choice, overlaps
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Prompt
 from grpo_fast.engines.base import Completion, RolloutEngine
-from grpo_fast.scoring import Scored, Scorer, Scoring, joined
+from grpo_fast.rollout_codec import Answers
+from grpo_fast.scoring import Scored, Scorer, Scoring
 from grpo_fast.task import Task
 
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -31,6 +34,11 @@ class Rollout:
     texts: list[str]  # (S)
     scored: Scored
     advantages: Tensor  # (S,) float32
+
+    @property
+    def answers(self) -> Answers:
+        """All that was answered."""
+        return Answers(completions=self.completions, texts=self.texts, scored=self.scored)
 
     @property
     def rewards(self) -> Tensor:
@@ -65,9 +73,37 @@ def collect(
 ) -> Rollout:
     """Sample a group of completions for each prompt, score them and compare them within their group.
 
-    `weights` (R,): the objectives' weights in this step. Groups are handed to the scorer as they are finished.
+    `weights` (R,): the objectives' weights in this step. Groups are handed to the scorer as they are finished. On
+    several processes each answers its share of the prompts, and all have the same rollout in the end.
     """
+    world = task.policy.world
+    share = world.share(len(prompts))
+
+    def answered() -> Answers:
+        return _answers(prompts, share, task, engine, config, seed=seed, timer=timer)
+
+    if world.size == 1:
+        answers = answered()
+    else:
+        # there may be fewer prompts than processes
+        parts = world.exchanged(lambda: answered().to_bytes() if share else b"", aside=config.rollout.ahead)
+        answers = reduce(add, [Answers.from_bytes(part) for part in parts if part])
+    return _rollout(prompts, answers, task.scorer, config, weights)
+
+
+def _answers(
+    every_prompt: list[Prompt],
+    share: range,
+    task: Task,
+    engine: RolloutEngine,
+    config: TrainConfig,
+    *,
+    seed: int,
+    timer: Timer,
+) -> Answers:
+    """The answers to this process's share of the prompts."""
     group_size = config.rollout.group_size
+    prompts = [every_prompt[place] for place in share]
     texts = [""] * (len(prompts) * group_size)
     with Scoring(task.scorer, overlap=overlaps(config, task.policy.device)) as scoring:
 
@@ -80,17 +116,17 @@ def collect(
 
         with timer("generate"):
             token_ids = [prompt.token_ids for prompt in prompts]
-            completions = engine.generate(token_ids, group_size, task.sampling, seed, on_group=finished)
+            completions = engine.generate(
+                token_ids, group_size, task.sampling, seed, places=share, on_group=finished
+            )
         with timer("reward"):
             scored = scoring.result()
-    return _rollout(prompts, completions, texts, scored, task.scorer, config, weights)
+    return Answers(completions=completions, texts=texts, scored=scored)
 
 
 def _rollout(
     prompts: list[Prompt],
-    completions: list[Completion],
-    texts: list[str],
-    scored: Scored,
+    answers: Answers,
     scorer: Scorer,
     config: TrainConfig,
     weights: Tensor,
@@ -98,7 +134,7 @@ def _rollout(
     mode, scale = advantage_choice(config)
     group_size = config.rollout.group_size
     advantages = group_advantages(
-        scorer.used(scored),
+        scorer.used(answers.scored),
         group_size=group_size,
         weights=weights,
         mode=mode,
@@ -108,9 +144,9 @@ def _rollout(
     return Rollout(
         prompts=prompts,
         prompt_of=[index for index in range(len(prompts)) for _ in range(group_size)],
-        completions=completions,
-        texts=texts,
-        scored=scored,
+        completions=answers.completions,
+        texts=answers.texts,
+        scored=answers.scored,
         advantages=advantages,
     )
 
@@ -127,16 +163,13 @@ def refilled(
     groups = sorted(range(len(flat)), key=lambda group: flat[group])[:count]
     rows = [group * group_size + sample for group in groups for sample in range(group_size)]
     prompts = [*rollout.prompts, *more.prompts]
-    completions, texts = [*rollout.completions, *more.completions], [*rollout.texts, *more.texts]
-    return _rollout(
-        [prompts[group] for group in groups],
-        [completions[row] for row in rows],
-        [texts[row] for row in rows],
-        joined(rollout.scored, more.scored).rows(rows),
-        scorer,
-        config,
-        weights,
+    both = rollout.answers + more.answers
+    chosen = Answers(
+        completions=[both.completions[row] for row in rows],
+        texts=[both.texts[row] for row in rows],
+        scored=both.scored.rows(rows),
     )
+    return _rollout([prompts[group] for group in groups], chosen, scorer, config, weights)
 
 
 def rollout_metrics(rollout: Rollout, names: Sequence[str], group_size: int) -> dict[str, float]:

@@ -19,6 +19,8 @@ def write_results(
     run: Run, config: TrainConfig, task: Task, before: Evaluation, after: Evaluation | None, *, steps: int
 ) -> None:
     """Write summary.json and report.html; without `after` the run was interrupted and nothing is compared."""
+    if not run.world.is_first:
+        return
     rows = [row for row in run.rows() if row["phase"] == "grpo"]
     generated = sum(row.get("generated_tokens") or 0 for row in rows)
     seconds = sum(row["time/step_s"] for row in rows)

@@ -23,7 +23,8 @@ from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.choose import check_engine, check_policy
 from grpo_fast.errors import UserError
 from grpo_fast.models.lora import LoraSettings
-from grpo_fast.models.policy import Policy, SavedPolicy
+from grpo_fast.models.policy import Policy
+from grpo_fast.models.policy_files import SavedPolicy
 from grpo_fast.models.pretrained import position_limit
 from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
 from grpo_fast.models.reward_set import RewardSet, names_with_spread, read_saved

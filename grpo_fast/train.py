@@ -6,11 +6,12 @@ with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs
 """
 
 import time
+from pathlib import Path
 
 from grpo_fast.attention.backends import use
 from grpo_fast.budget import TokenBudget
 from grpo_fast.config.command_line import TRAIN, parse
-from grpo_fast.config.resolve import loss_config, run_path, select_device
+from grpo_fast.config.resolve import loss_config, resolve_device, run_path, select_device
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
@@ -22,11 +23,12 @@ from grpo_fast.grpo import update
 from grpo_fast.miniature.setup import prepare
 from grpo_fast.miniature.world import OBJECTIVES
 from grpo_fast.optim.optimizer import Optimizer, learning_rate
+from grpo_fast.parallel.job import job
 from grpo_fast.pipeline import Pipeline
 from grpo_fast.plan import print_plan
 from grpo_fast.rollout import rollout_metrics
 from grpo_fast.run.command import prepare_libraries, run_command
-from grpo_fast.run.live import Run, run_to_the_end
+from grpo_fast.run.live import Run, opened, run_to_the_end
 from grpo_fast.run.metrics import RunLogger
 from grpo_fast.state import (
     Steps,
@@ -54,6 +56,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     policy.activations_on_host = config.memory.activations_on_host
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
+    for model in (policy, reference):
+        if model is not None:
+            model.shard(run.world, head_by_vocabulary=config.parallel.head == "vocabulary")
     optimizer = Optimizer(
         policy.trainable_parameters(),
         lr=config.optim.lr,
@@ -80,12 +85,12 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         run.progress.message(f"warning: {line} on held-out replies (report of the reward model)")
     run.check_stop()
     before = saved_evaluation(run.path)
-    if before is None:
+    if run.world.any(before is None) or before is None:
         with run.phase_timer("evaluate"):
             engine.push(policy.named_weights(), first)
             before = evaluate(task, engine, config, seed=base_seed)
         run.logger.samples(sample_rows("before", 0, task, before, config.run.samples))
-        save_evaluation(run.path, before)
+        run.world.first(lambda: save_evaluation(run.path, before))
 
     with (
         Steps(
@@ -153,25 +158,32 @@ def main(argv: list[str] | None = None) -> None:
 def _command(argv: list[str] | None) -> int:
     asked = parse(argv, TRAIN)
     prepare_libraries(asked.config.threads)
-    config = fitted(asked.config)
-    select_device(config)
-    inputs = check_inputs(config, own_heads=() if config.policy.model or config.reward.model else OBJECTIVES)
-    if asked.dry_run:
-        print_plan(config, inputs)
-        return 0
+    with job(resolve_device(asked.config)) as (world, end):
+        config = fitted(asked.config)
+        select_device(config)
+        inputs = check_inputs(
+            config, own_heads=() if config.policy.model or config.reward.model else OBJECTIVES
+        )
+        if asked.dry_run:
+            world.first(lambda: print_plan(config, inputs))
+            return 0
+        logger = opened(world, lambda: _logger(config, asked.resume))
+        end.advice = f"go on with --resume {logger.path}"
+        return run_to_the_end(logger, TRAIN.module, lambda run: train(config, inputs, run), world=world)
+
+
+def _logger(config: TrainConfig, resume: Path | None) -> RunLogger:
     wandb = "grpo_fast" if config.run.wandb else None
-    if asked.resume:
-        logger = resumed_logger(
-            asked.resume,
+    if resume:
+        return resumed_logger(
+            resume,
             phase="grpo",
             longer="--run.steps",
             steps=config.run.steps,
             config_toml=to_toml(config),
             wandb_project=wandb,
         )
-    else:
-        logger = RunLogger.create(run_path(config), config_toml=to_toml(config), wandb_project=wandb)
-    return run_to_the_end(logger, TRAIN.module, lambda run: train(config, inputs, run))
+    return RunLogger.create(run_path(config), config_toml=to_toml(config), wandb_project=wandb)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def test_engines_that_lie_about_the_whole() -> None:
         def __init__(self, report: bool, count: int) -> None:
             self.report, self.count = report, count
 
-        def generate(self, prompts, n, sampling, seed, *, on_group=None):
+        def generate(self, prompts, n, sampling, seed, *, places=None, on_group=None):
             for prompt in range(len(prompts)):
                 if self.report and on_group:
                     on_group(prompt, [good] * n)

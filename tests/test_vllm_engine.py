@@ -173,10 +173,10 @@ def test_merged_weights_of_a_lora_policy_are_pushed_and_the_trained_ones_stay() 
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     names = [name for name, _ in base.named_parameters()]
-    assert [name for name, _ in merged_parameters(policy)] == names
+    assert [name for name, _ in merged_parameters(policy, policy.dtype)] == names
     with VllmTestServer(copy.deepcopy(base)) as server:
         engine = engine_for(server)
-        engine.push(merged_parameters(policy), 3)
+        engine.push(merged_parameters(policy, policy.dtype), 3)
         completions = engine.generate(PROMPTS, 2, SAMPLING, seed=0)
     check_logprobs(policy, completions, 2)
     with pytest.raises(AssertionError):

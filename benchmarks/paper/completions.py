@@ -22,7 +22,8 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Row, as_messages, tokenize
 from grpo_fast.engines.choose import engine_of
 from grpo_fast.errors import UserError
-from grpo_fast.models.policy import Policy, SavedPolicy
+from grpo_fast.models.policy import Policy
+from grpo_fast.models.policy_files import SavedPolicy
 from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.models.reward_set import RewardSet, read_saved
 from grpo_fast.run.metrics import read_rows, write_atomically

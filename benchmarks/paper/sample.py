@@ -18,7 +18,7 @@ from benchmarks.paper.prepare import require_prepared
 from grpo_fast.config.command_line import parse
 from grpo_fast.data.prompts import read_rows, spaced
 from grpo_fast.errors import UserError
-from grpo_fast.models.policy import SavedPolicy
+from grpo_fast.models.policy_files import SavedPolicy
 from grpo_fast.run.metrics import read_rows as read_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper"

@@ -58,3 +58,15 @@ class MemorySettings:
     """Masters and optimizer states: on the device, there only while it trains, or on the host, which then updates."""
     activations_on_host: bool = False
     """What the policy's body saves for its backward pass waits on the host (with checkpointing: the layers' inputs)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """What several processes (torchrun) share out, and how; one process ignores it."""
+
+    head: Literal["gathered", "vocabulary"] = "gathered"
+    """The head's weight: gathered by each process for its own tokens, or its rows stay where they are, and each process
+    computes its part of the vocabulary for everybody's tokens (untied heads only; less memory, more to send)."""
+    reduce: Literal["step", "micro_batch"] = "step"
+    """Sum the processes' gradients once a step, or after each micro-batch: more to send, and no process ever holds the
+    whole gradient (4 bytes a trained parameter)."""

@@ -18,6 +18,7 @@ from grpo_fast.config.reward_settings import RewardConfig
 from grpo_fast.config.rules import FieldError
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
+from grpo_fast.parallel.world import local_rank
 
 # What a preset's paper divides and compares by, where that is not our default.
 _PRESET_ADVANTAGE: dict[str, tuple[Mode, Scale]] = {
@@ -77,7 +78,9 @@ def constant_normalizer(config: TrainConfig, sequences: int) -> float:
 def device_named(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device; raises `FieldError` when it is not here."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+    place = local_rank()  # of several processes on this machine each takes a device of its own
+    own = "cuda" if place is None else f"cuda:{place}"
+    device = torch.device((own if count else "cpu") if name == "auto" else own if name == "cuda" else name)
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"{count} CUDA device{'s' * (count > 1)}" if count else "no CUDA device"
         raise FieldError("device", f"is {name}, but PyTorch finds {found}; use auto or cpu")

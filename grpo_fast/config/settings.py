@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo_fast.config.check import check
-from grpo_fast.config.engine_settings import EngineSettings, MemorySettings
+from grpo_fast.config.engine_settings import EngineSettings, MemorySettings, ParallelSettings
 
 Preset = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "vespo", "luspo", "rloo", "reinforce_pp"]
 
@@ -350,6 +350,8 @@ class TrainConfig(CommonConfig):
     """The loss: a preset, and any part of it replaced."""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """The optimizer."""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    """What several processes (torchrun) share out, and how; one process ignores it."""
     run: RunSettings = field(default_factory=RunSettings)
     """Length of the run and what it leaves behind."""
     miniature: MiniatureSettings = field(default_factory=MiniatureSettings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -90,9 +90,13 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         seed: int,
         *,
+        places: Sequence[int] | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[Completion]:
         """`n` completions of every prompt, group-major: exactly len(prompts)·n, or an exception.
+
+        `places` are the prompts' numbers where random numbers are drawn from (seed, number, sample): a batch that is
+        generated in parts gives what it gives as a whole. None: 0, 1, 2, …
 
         `on_group(prompt, completions)` is called as soon as a prompt's completions are all there, in an order that
         depends on the completions alone.
@@ -114,6 +118,15 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release everything; the engine is not used again."""
         ...
+
+
+def places_of(prompts: Sequence[object], places: Sequence[int] | None) -> Sequence[int]:
+    """The number of each prompt that its random numbers are drawn from."""
+    if places is None:
+        return range(len(prompts))
+    if len(places) != len(prompts):
+        raise ValueError(f"places must have one number for each of {len(prompts)} prompts, got {len(places)}")
+    return places
 
 
 def check_request(prompts: list[list[int]], n: int, vocabulary: int) -> None:

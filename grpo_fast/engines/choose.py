@@ -23,6 +23,7 @@ from grpo_fast.engines.stops import Decode
 from grpo_fast.errors import UserError
 from grpo_fast.models.head import head_of
 from grpo_fast.models.policy import Policy
+from grpo_fast.parallel.world import world_size
 
 if TYPE_CHECKING:
     from grpo_fast.engines.vllm import VllmEngine
@@ -50,7 +51,7 @@ def engine_of(
                 max_rows=config.rollout.max_rows,
                 settings=config.engine,
                 decode=decode,
-                separate=config.rollout.ahead,
+                separate=config.rollout.ahead or world_size() > 1,
             ),
             tell=tell,
         )
@@ -87,6 +88,7 @@ def check_policy(config: TrainConfig, policy: Policy) -> None:
     if config.engine.kind != "local" or not _needs_generate(policy):
         return
     asked = {
+        "torchrun": world_size() > 1,
         "rollout.ahead": config.rollout.ahead,
         "rollout.stop_strings": bool(config.rollout.stop_strings),
         "engine.kv_dtype": config.engine.kv_dtype != "auto",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -52,6 +52,7 @@ class Guard:
         sampling: Sampling,
         seed: int,
         *,
+        places: Sequence[int] | None = None,
         on_group: OnGroup | None = None,
     ) -> list[Completion]:
         """`n` completions of every prompt, group-major, looked at; `on_group` as the engine itself calls it."""
@@ -66,7 +67,7 @@ class Guard:
             reported.add(prompt)
 
         def attempt() -> list[Completion]:
-            completions = self.engine.generate(prompts, n, sampling, seed, on_group=look)
+            completions = self.engine.generate(prompts, n, sampling, seed, places=places, on_group=look)
             if len(completions) != len(prompts) * n:
                 raise EngineError(
                     f"{len(completions)} completions came where {len(prompts) * n} were asked for"

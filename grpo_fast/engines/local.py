@@ -6,7 +6,7 @@ caches of `grpo_fast.attention`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,7 +17,7 @@ from grpo_fast.attention.function import use_packed_attention
 from grpo_fast.attention.group_cache import GroupCache
 from grpo_fast.attention.paged_cache import PagedCache, pages_of
 from grpo_fast.config.engine_settings import EngineSettings
-from grpo_fast.engines.base import Completion, Sampling, check_request, evaluating
+from grpo_fast.engines.base import Completion, Sampling, check_request, evaluating, places_of
 from grpo_fast.engines.decoder import Decoder
 from grpo_fast.engines.graphs import Capture, CudaCapture, StepGraphs
 from grpo_fast.engines.readback import results_later
@@ -80,6 +80,7 @@ class LocalEngine:
         sampling: Sampling,
         seed: int,
         *,
+        places: Sequence[int] | None = None,
         on_progress: Progress | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[Completion]:
@@ -95,7 +96,7 @@ class LocalEngine:
         if not prompts:
             return []
         with evaluating(self.model), torch.no_grad(), self._merged():
-            run = self._run(head, prompts, n, sampling, seed)
+            run = self._run(head, prompts, n, sampling, seed, places_of(prompts, places))
             while run.unfinished:
                 run.advance()
                 if on_group is not None:
@@ -112,7 +113,15 @@ class LocalEngine:
             return nullcontext()
         return merged_adapters(self.model, on_host=self.settings.merge_copies == "host")
 
-    def _run(self, head: HeadSpec, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> Run:
+    def _run(
+        self,
+        head: HeadSpec,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        places: Sequence[int],
+    ) -> Run:
         rows = min(self.max_rows, len(prompts) * n)
         if self._paged:
             decoder = self._held_decoder(head, rows, max(map(len, prompts)), sampling.max_new_tokens, n)
@@ -127,6 +136,7 @@ class LocalEngine:
             n,
             sampling,
             seed,
+            places=places,
             max_rows=rows,
             prefill_tokens=self.prefill_tokens,
             layers=self.model.config.get_text_config(decoder=True).num_hidden_layers,

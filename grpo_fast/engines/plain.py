@@ -9,7 +9,7 @@ Letters: B rows, V vocabulary, N tokens of a completion, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -18,7 +18,7 @@ from grpo_kernels import linear_logprob
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from grpo_fast.engines.base import Completion, Sampling, check_request, evaluating
+from grpo_fast.engines.base import Completion, Sampling, check_request, evaluating, places_of
 from grpo_fast.engines.sampling import draw, uniforms
 from grpo_fast.errors import UserError
 from grpo_fast.models.head import head_of
@@ -45,6 +45,7 @@ class PlainEngine:
         sampling: Sampling,
         seed: int,
         *,
+        places: Sequence[int] | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[Completion]:
         """`n` completions of every prompt, group-major; `on_group` sees each group as soon as it is whole.
@@ -58,11 +59,11 @@ class PlainEngine:
             )
         completions: list[Completion] = []
         with evaluating(self.model), torch.no_grad():
-            for i, prompt in enumerate(prompts):
+            for i, (place, prompt) in enumerate(zip(places_of(prompts, places), prompts, strict=True)):
                 group: list[Completion] = []
                 for first in range(0, n, self.max_rows):
                     samples = range(first, min(first + self.max_rows, n))
-                    streams = np.stack([uniforms(seed, i, s, sampling.max_new_tokens) for s in samples])
+                    streams = np.stack([uniforms(seed, place, s, sampling.max_new_tokens) for s in samples])
                     group += self._complete(prompt, i, streams, sampling)
                 completions += group
                 if on_group is not None:

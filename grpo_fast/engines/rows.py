@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class FewerRows:
         sampling: Sampling,
         seed: int,
         *,
+        places: Sequence[int] | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[Completion]:
         """The engine's `generate`; UserError when not even one completion at a time fits."""
@@ -45,7 +46,7 @@ class FewerRows:
 
         while True:
             try:
-                completions = self.engine.generate(prompts, n, sampling, seed, on_group=once)
+                completions = self.engine.generate(prompts, n, sampling, seed, places=places, on_group=once)
                 break
             except torch.OutOfMemoryError:
                 pass  # what the traceback holds must be gone before memory is asked for again

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,19 +52,23 @@ class Run:
         sampling: Sampling,
         seed: int,
         *,
+        places: Sequence[int],
         max_rows: int,
         prefill_tokens: int,
         layers: int,
         behind: int = 0,
         decode: Decode | None = None,
     ) -> None:
-        """`behind`: steps that may be in flight when the next one starts; a stop is then seen that much later."""
+        """`places`: the prompts' numbers that random numbers are drawn from.
+
+        `behind`: steps that may be in flight when the next one starts; a stop is then seen that much later.
+        """
         self.decoder, self.stepper = decoder, stepper
         self.cache = decoder.cache
         self.prompts = prompts
         self.n = n
         self.sampling = sampling
-        self.seed = seed
+        self.seed, self.places = seed, places
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens
         self.layers = layers
@@ -129,7 +133,7 @@ class Run:
             if self.sampling.stop_strings:
                 assert self.decode is not None
                 stops = StopStrings(self.sampling.stop_strings, self.decode)
-            uniform = uniforms(self.seed, prompt, sample, self.sampling.max_new_tokens)
+            uniform = uniforms(self.seed, self.places[prompt], sample, self.sampling.max_new_tokens)
             fresh.append(_Row(prompt, sample, uniform, stops))
         if used:
             self._prefill(used)

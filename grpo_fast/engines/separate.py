@@ -1,4 +1,5 @@
-"""The in-process engine on weights of its own, for generating while the policy is trained."""
+"""The in-process engine on weights of its own: for generating while the policy is trained, or where its weights are
+shared out over processes."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_fast.engines.local import LocalEngine
+from grpo_fast.models.sharded import full
 
 
 class SeparateEngine(LocalEngine):
@@ -22,7 +24,12 @@ class SeparateEngine(LocalEngine):
 
     @torch.no_grad()
     def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy the trained model's weights, adapters as such; nothing may be generated meanwhile."""
+        """Copy the trained model's weights, adapters as such; nothing may be generated meanwhile.
+
+        Shared-out ones are gathered in the compute type, one after another, so all processes push together. What is
+        frozen is here already.
+        """
         for own, trained in zip(self.model.parameters(), self._trained.parameters(), strict=True):
-            own.copy_(trained)
+            if trained.requires_grad:
+                own.copy_(full(trained, own.dtype))
         super().push(named_parameters, version)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from grpo_fast.config.engine_settings import EngineSettings
-from grpo_fast.engines.base import Completion, Sampling
+from grpo_fast.engines.base import Completion, Sampling, places_of
 from grpo_fast.engines.faults import EngineError
 from grpo_fast.engines.vllm_answers import group_seed, largest_answer, read, request
 from grpo_fast.engines.vllm_client import VllmClient
@@ -134,6 +134,7 @@ class VllmEngine:
         sampling: Sampling,
         seed: int,
         *,
+        places: Sequence[int] | None = None,
         on_group: OnGroup | None = None,
     ) -> list[Completion]:
         """`n` completions of every prompt, group-major; `on_group` sees the groups in the prompts' order.
@@ -144,10 +145,11 @@ class VllmEngine:
         self._wake()
         if (held := self._held()) != str(self._version):
             raise EngineError(f"the server holds weights {held!r}, and {self._version} were handed over last")
-        asked = (self._version, n, sampling, seed, tuple(map(tuple, prompts)))
+        seeds = [group_seed(seed, place) for place in places_of(prompts, places)]
+        asked = (self._version, n, sampling, tuple(seeds), tuple(map(tuple, prompts)))
         if asked != self._asked:
             self._asked, self._groups = asked, {}
-        asyncio.run(self._collect(prompts, n, sampling, seed, on_group))
+        asyncio.run(self._collect(prompts, n, sampling, seeds, on_group))
         completions = [completion for prompt in range(len(prompts)) for completion in self._groups[prompt]]
         self._asked, self._groups = None, {}
         if self._settings.sleep:
@@ -155,7 +157,12 @@ class VllmEngine:
         return completions
 
     async def _collect(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, on_group: OnGroup | None
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: list[int],
+        on_group: OnGroup | None,
     ) -> None:
         client = self._client
         assert client is not None
@@ -163,7 +170,7 @@ class VllmEngine:
 
         async def group(prompt: int) -> tuple[int, dict[str, Any]]:
             token_ids = prompts[prompt]
-            payload = request(self._model, token_ids, n, sampling, group_seed(seed, prompt))
+            payload = request(self._model, token_ids, n, sampling, seeds[prompt])
             async with places:
                 largest = largest_answer(token_ids, n, sampling)
                 return prompt, await client.completion(session, payload, largest=largest)

@@ -47,17 +47,21 @@ def prepare(config: TrainConfig, inputs: Inputs, run: Run) -> Task:
 
     `start/` is the warm-started policy, the reference of the KL term; `reward_model/` the reward model with
     `quality.json`, its held-out quality (left out where `reward.model` is given). Each is written once its training is
-    complete.
+    complete. Of several processes the first one trains them, and the others wait.
     """
     start, reward_folder = run.path / "start", run.path / "reward_model"
-    if not (start / "config.json").is_file():
-        with run.phase_timer("warm_start"):
-            warm_start(config.miniature, config.seed, resolve_device(config), run).save(start)
-    if not inputs.reward_models and not (reward_folder / "quality.json").is_file():
-        with run.phase_timer("reward_model"):
-            trained, report = train_reward_model(config, start, run)
-            trained.save(reward_folder)
-            write_atomically(reward_folder / "quality.json", json.dumps(report, indent=2))
+
+    def train() -> None:
+        if not (start / "config.json").is_file():
+            with run.phase_timer("warm_start"):
+                warm_start(config.miniature, config.seed, resolve_device(config), run).save(start)
+        if not inputs.reward_models and not (reward_folder / "quality.json").is_file():
+            with run.phase_timer("reward_model"):
+                trained, report = train_reward_model(config, start, run)
+                trained.save(reward_folder)
+                write_atomically(reward_folder / "quality.json", json.dumps(report, indent=2))
+
+    run.world.first(train)
     return assemble(config, inputs, run.path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.quantized import dequantised, is_quantised
+from grpo_fast.models.sharded import full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,34 +70,58 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict of the plain model, adapters added to the weights they belong to, on the CPU."""
-    return {name: value.cpu() for name, value in _merged(model, model.state_dict().items())}
+def merged_state(model: PreTrainedModel, dtype: torch.dtype, *, keep: bool = True) -> dict[str, Tensor]:
+    """The state dict of the plain model, adapters added to the weights they belong to, on the CPU.
+
+    `dtype` is what weights in 4 bits and shared-out ones become. Weights that are shared out over processes are
+    gathered by all of them, one after another; with `keep` False this one lets them go.
+    """
+    tied: dict[int, str] = {}
+    alias: dict[str, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        first = tied.setdefault(id(parameter), name)
+        if first != name:
+            alias[name] = first
+    named: dict[str, Tensor] = model.state_dict()
+    named |= {name: parameters[name] for name in named if name in parameters}
+    state: dict[str, Tensor] = {}
+    for name, value in _merged(model, named.items(), dtype, tied=alias):
+        if keep:
+            state[name] = value.cpu()
+    return state | {name: state[first] for name, first in alias.items() if first in state}
 
 
-def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def merged_parameters(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The parameters of the plain model, adapters added to the weights they belong to, one after another
-    where they are; those in training are not changed."""
-    return _merged(model, model.named_parameters())
+    where they are; those in training are not changed. Shared-out weights are gathered in `dtype`, by all processes."""
+    return _merged(model, model.named_parameters(), dtype)
 
 
 @torch.no_grad()
-def _merged(model: PreTrainedModel, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _merged(
+    model: PreTrainedModel,
+    named: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    *,
+    tied: Collection[str] = (),
+) -> Iterator[tuple[str, Tensor]]:
     """Not peft's in-place merge: undoing that one leaves rounding errors in the weights that go on training.
 
-    Weights in 4 bits are brought to the model's dtype, with their adapters in float32 before: rounded once.
+    Weights in 4 bits are brought to the model's dtype, with their adapters in float32 before: rounded once. Names in
+    `tied` are left out.
     """
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     quantised = {name: module for name, module in model.named_modules() if is_quantised(module)}
     for key, value in named:
         coded = next((name for name in quantised if key.startswith(f"{name}.weight")), None)
-        if coded is not None and key != f"{coded}.weight":
+        if key in tied or (coded is not None and key != f"{coded}.weight"):
             continue  # scales and tables of the codes
         value = value.detach() if coded is None else dequantised(quantised[coded])
-        dtype = value.dtype if coded is None else model.dtype
+        result = dtype if coded is not None or isinstance(value, DTensor) else value.dtype
         owner = next((name for name in adapted if key.startswith(f"{name}.")), None)
         if owner is None:
-            yield key, value.to(dtype)
+            yield key, full(value, result)
             continue
         inner = key[len(owner) + 1 :]
         if not inner.startswith("base_layer."):
@@ -104,7 +130,7 @@ def _merged(model: PreTrainedModel, named: Iterable[tuple[str, Tensor]]) -> Iter
             layer: Any = adapted[owner]
             for adapter in layer.active_adapters:
                 value = value.float() + layer.get_delta_weight(adapter).detach().float()
-        yield f"{owner}.{inner.removeprefix('base_layer.')}", value.to(dtype)
+        yield f"{owner}.{inner.removeprefix('base_layer.')}", full(value, result)
 
 
 @contextmanager

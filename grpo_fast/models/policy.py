@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from grpo_kernels import LossConfig, linear_grpo_loss, linear_logprob
-from peft import PeftConfig, PeftModel
+from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, linear_logprob
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_fast.attention.function import ATTENTION_NAME, packing_obstacle
 from grpo_fast.errors import UserError
@@ -28,8 +29,9 @@ from grpo_fast.models.activations import activations_on_host
 from grpo_fast.models.compiled import CompiledLayers, check_compiled
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
-from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, merged_state, quiet_peft
-from grpo_fast.models.quantized import is_quantised, keep_trainable, nf4, unquantised_shell
+from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, quiet_peft
+from grpo_fast.models.policy_files import SavedPolicy, write_policy
+from grpo_fast.models.quantized import is_quantised, keep_trainable, nf4
 from grpo_fast.models.self_check import (
     check_causal,
     check_head,
@@ -37,38 +39,9 @@ from grpo_fast.models.self_check import (
     packing_fault,
     run_one_by_one,
 )
+from grpo_fast.models.sharded import logprobs_by_vocabulary, mesh_of, shard
 from grpo_fast.packing import PackedBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavedPolicy:
-    """What a saved policy says of itself before any weight is read."""
-
-    path: str
-    """As the user gave it."""
-    base: str
-    """Folder or hub id of the model itself."""
-    adapter: str | None
-    """Folder of a LoRA adapter that is put on it."""
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-
-    @classmethod
-    def read(cls, path: str | Path) -> SavedPolicy:
-        """A saved model folder, a hub id, or the folder of a saved adapter.
-
-        Raises UserError for a folder that is no model, a reward model, and a tokenizer that does not fit.
-        """
-        source = pretrained.locate(path, "model", needs=("config.json", "adapter_config.json"))
-        adapter = source if (Path(source) / "adapter_config.json").is_file() else None
-        base = str(PeftConfig.from_pretrained(source).base_model_name_or_path) if adapter else source
-        config = pretrained.load_config(base, "model")
-        for name in config.architectures or ():
-            if name.endswith("ForSequenceClassification"):
-                raise UserError(f"model {path}: is a {name}; a causal language model is needed")
-        tokenizer = pretrained.load_tokenizer(source if pretrained.has_tokenizer(source) else base, "model")
-        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
-        return cls(path=str(path), base=base, adapter=adapter, config=config, tokenizer=tokenizer)
+from grpo_fast.parallel.world import ALONE, World
 
 
 class Policy(nn.Module):
@@ -98,6 +71,10 @@ class Policy(nn.Module):
         super().__init__()
         self.packed = packed
         self.activations_on_host = False
+        self.world = ALONE
+        self._mesh: DeviceMesh | None = None
+        self._head_by_vocabulary = False
+        self._compute_dtype: torch.dtype | None = None
         self.model = model
         self.tokenizer = tokenizer
         self.compiled = compiled
@@ -222,6 +199,11 @@ class Policy(nn.Module):
         return self.model.device
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the products; shared-out weights are held in float32."""
+        return self._compute_dtype or self.model.dtype
+
+    @property
     def is_lora(self) -> bool:
         return self.peft_model is not None
 
@@ -247,7 +229,7 @@ class Policy(nn.Module):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """What a copy of the model elsewhere needs: every parameter under its plain name, with LoRA the merged one."""
-        return merged_parameters(self.model)
+        return merged_parameters(self.model, self.compute_dtype)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The last hidden state of every position that predicts a completion token: (N, H), model dtype.
@@ -277,22 +259,28 @@ class Policy(nn.Module):
         Per-token inputs are in the batch's order (`batch.gather`). With the `normalizer` of the whole
         optimizer step the losses of its micro-batches add up, whatever the split.
         """
-        loss, metrics = linear_grpo_loss(
-            self.hidden_states(batch),
+        given: dict[str, Any] = {
+            "old_logprobs": old_logprobs,
+            "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs,
+            "loss_mask": loss_mask,
+            "cu_seqlens": batch.cu_seqlens,
+            "normalizer": normalizer,
+        }
+        hidden = self.hidden_states(batch)
+        if self._head_by_vocabulary:
+            logprobs, entropy = self._look_up(hidden, batch.targets, temperature)
+            return grpo_loss(logprobs, advantages, loss_config, entropy=entropy, **given)
+        return linear_grpo_loss(
+            hidden,
             targets=batch.targets,
             advantages=advantages,
             config=loss_config,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            rollout_logprobs=rollout_logprobs,
-            loss_mask=loss_mask,
-            cu_seqlens=batch.cu_seqlens,
-            normalizer=normalizer,
             temperature=temperature,
             backend=backend,
+            **given,
             **self.head(),
         )
-        return loss, metrics
 
     @torch.no_grad()
     def logprobs(
@@ -308,9 +296,19 @@ class Policy(nn.Module):
                 "reference=True needs LoRA; a fully trained policy is compared with its frozen_copy()"
             )
         with self.adapter_off() if reference else nullcontext():
-            return linear_logprob(
-                self.hidden_states(batch), targets=batch.targets, temperature=temperature, **self.head()
-            )
+            found = self.looked_up(batch, temperature)
+        if self.is_sharded:  # no backward pass follows that would let go of the weights gathered last
+            cast(FSDPModule, self).reshard()
+        return found
+
+    def looked_up(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """(N,) log-prob and (N,) entropy: the forward pass of `logprobs`, in which shared-out weights are gathered."""
+        return self._look_up(self.hidden_states(batch), batch.targets, temperature)
+
+    def _look_up(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if self._head_by_vocabulary and self._mesh is not None:
+            return logprobs_by_vocabulary(hidden, targets, self.head(), temperature, self._mesh)
+        return linear_logprob(hidden, targets=targets, temperature=temperature, **self.head())
 
     def sft_loss(self, batch: PackedBatch, normalizer: float | Tensor) -> Tensor:
         """Cross entropy of the completion tokens, summed and divided by `normalizer` (tokens of the step)."""
@@ -334,6 +332,36 @@ class Policy(nn.Module):
         with self.peft_model.disable_adapter():
             yield
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are shared out over several processes."""
+        return self._mesh is not None
+
+    def shard(self, world: World, *, head_by_vocabulary: bool = False) -> None:
+        """Share the weights out over `world`'s processes; nothing happens to a policy that is alone.
+
+        Before its optimizer is made, after copies of it are. All processes then call `forward`, `logprobs` and
+        `named_weights` equally often, each on its own batches. UserError for what cannot be shared out.
+        """
+        self.world = world
+        if world.size == 1:
+            return
+        if self.is_quantised:
+            raise UserError(
+                "policy.quantize: weights in 4 bits are not shared out; use one process, or leave it off"
+            )
+        if self.compiled is not None:
+            raise UserError("policy.compile: compiled layers are not shared out over processes; leave it off")
+        self._compute_dtype = self.model.dtype
+        mesh = mesh_of(world, self.device)
+        shard(self, self.model, mesh, head_by_vocabulary=head_by_vocabulary)
+        self._mesh, self._head_by_vocabulary = mesh, head_by_vocabulary
+
+    def sums_gradients(self, now: bool) -> None:
+        """Whether the next backward pass adds the processes' gradients up, or leaves that to a later one."""
+        if self.is_sharded:
+            cast(FSDPModule, self).set_requires_gradient_sync(now)
+
     def frozen_copy(self) -> Policy:
         """A copy that never changes: the reference of a fully trained policy when kl_coef > 0."""
         if self.is_lora:
@@ -350,16 +378,7 @@ class Policy(nn.Module):
         With LoRA the folder is a `peft` adapter, or with `merge=True` a full model whose weights include it;
         the weights in memory are not touched either way. The folder appears whole or not at all (UserError).
         """
-        with pretrained.written_folder(path) as folder:
-            self.tokenizer.save_pretrained(folder)
-            if self.peft_model is None:
-                self.model.save_pretrained(folder)
-            elif merge:
-                shell = unquantised_shell(self.model) if self.is_quantised else self.model
-                shell.save_pretrained(folder, state_dict=merged_state(self.model))
-            else:
-                # False: the base model's embedding is not part of the adapter, and no hub is asked about it
-                self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+        write_policy(self, Path(path), merge=merge)
 
     def self_check(self) -> None:
         """Hidden state x head must be the model's logits, and no state depend on later tokens; UserError if not.

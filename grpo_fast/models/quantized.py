@@ -47,7 +47,7 @@ def dequantised(layer: nn.Module) -> Tensor:
     return dequantize_4bit(weight.data, weight.quant_state).float()
 
 
-def unquantised_shell(model: PreTrainedModel) -> PreTrainedModel:
+def shell_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same architecture without storage and without a word of quantisation, to save weights through."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -55,5 +55,5 @@ def unquantised_shell(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         shell = type(model)(config)
     shell.generation_config = copy.deepcopy(model.generation_config)
-    nn.Module.to(shell, dtype=model.dtype)
+    nn.Module.to(shell, dtype=dtype)
     return shell

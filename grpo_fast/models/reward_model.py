@@ -295,7 +295,9 @@ class RewardModel(nn.Module):
         """
         with pretrained.written_folder(path) as folder:
             adapted: PeftModel | None = self.__dict__["peft_model"]
-            self.model.save_pretrained(folder, state_dict=merged_state(self.model) if adapted else None)
+            self.model.save_pretrained(
+                folder, state_dict=merged_state(self.model, self.model.dtype) if adapted else None
+            )
             self.tokenizer.save_pretrained(folder)
             self.save_measured(folder)
 

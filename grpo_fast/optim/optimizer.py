@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from grpo_fast.errors import UserError
 from grpo_fast.optim import lowbit
 from grpo_fast.optim.host import GradientPort, HostRoom, publish
 
@@ -41,6 +43,9 @@ class Optimizer:
     `offload`, else on the host. `host`: always there, the update runs there, and every parameter has a master; a
     step then moves each gradient out once a micro-batch and each weight in once, in the parameter's dtype (bfloat16:
     2 · parameters · (micro-batches + 1) bytes), and the device holds neither masters nor states nor summed gradients.
+
+    Parameters that are shared out over processes (`DTensor`, float32) have their states where they are; every process
+    calls `step`. UserError for a kind or place of states that such parameters cannot have.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class Optimizer:
         where: Where = "device",
     ):
         self.parameters = [p for p in parameters if p.requires_grad]
+        if any(isinstance(p, DTensor) for p in self.parameters):
+            _check_shared_out(kind, where)
         self._where: Where = where
         self._port, self._room = GradientPort(), HostRoom()
         self.masters = [self._master(p) for p in self.parameters]
@@ -105,7 +112,7 @@ class Optimizer:
         """
         self.reload()
         self._port.finish()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm).item()
+        norm = whole_number(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
         taken = math.isfinite(norm)
         if taken:
             for group in self.inner.param_groups:
@@ -180,3 +187,21 @@ class Optimizer:
         for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             master.copy_(state["masters"].get(str(index), parameter))
         self._publish()
+
+
+def whole_number(value: Tensor) -> float:
+    """A 0-d tensor as a number, added up over the processes where each has a part of it."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).item()
+
+
+def _check_shared_out(kind: Kind, where: Where) -> None:
+    if kind == "adafactor":
+        raise UserError(
+            "optim.optimizer adafactor: PyTorch's cannot work on weights that are shared out over processes; take "
+            "adamw8bit, whose states are shared out too"
+        )
+    if where != "device":
+        raise UserError(
+            f"memory.optimizer {where}: on several processes each holds its share of the states on its device already; "
+            "leave it at device"
+        )

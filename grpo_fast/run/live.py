@@ -1,14 +1,22 @@
 """A run while it goes on: its folder, its display, and the wish to stop it."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
+from grpo_fast.errors import Stopped
+from grpo_fast.parallel.world import ALONE, World
 from grpo_fast.run.metrics import RunLogger, peak_memory_gib, read_rows
 from grpo_fast.run.progress import Progress
+from grpo_fast.run.silent import SilentLogger
+
+TOGETHER = "grpo"
+"""The phase that all processes go through; before it the first one works alone."""
 
 
 class Closable(Protocol):
@@ -20,13 +28,11 @@ class Closable(Protocol):
 Closed = TypeVar("Closed", bound=Closable)
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM arrived; the step that was running has been finished."""
-
-
-def run_to_the_end(logger: RunLogger, module: str, body: Callable[["Run"], int]) -> int:
+def run_to_the_end(
+    logger: RunLogger | SilentLogger, module: str, body: Callable[["Run"], int], *, world: World = ALONE
+) -> int:
     """Call `body` with the run; its exit code, or 130 when a signal stopped it, with the way to go on."""
-    with Run(logger) as run:
+    with Run(logger, world=world) as run:
         try:
             return body(run)
         except Stopped:
@@ -34,18 +40,33 @@ def run_to_the_end(logger: RunLogger, module: str, body: Callable[["Run"], int])
             return 130
 
 
+def opened(world: World, make: Callable[[], RunLogger]) -> RunLogger | SilentLogger:
+    """The logger that `make` gives on the first process, and silent ones for the same folder on the others."""
+    made: list[RunLogger] = []
+
+    def on_first() -> str:
+        made.append(make())
+        return str(made[0].path)
+
+    path = world.first(on_first)
+    return made[0] if made else SilentLogger(Path(path))
+
+
 class Run:
     """Logs and shows every step. `stop_requested` turns true with the first SIGINT or SIGTERM.
 
-    A second signal interrupts at once. Use as a context manager.
+    A second signal interrupts at once. On several processes the first one logs and shows, and a signal that reached
+    one of them stops all after the same step. Use as a context manager.
     """
 
-    def __init__(self, logger: RunLogger):
+    def __init__(self, logger: RunLogger | SilentLogger, *, world: World = ALONE):
         self.path: Path = logger.path
         self.logger = logger
-        self.progress = Progress()
+        self.world = world
+        self.progress = Progress(file=None if world.is_first else StringIO())
         self.phase_timer = logger.phase_timer
-        self.stop_requested = False
+        self._signalled = 0.0  # when
+        self._agreed = False
         self._phase = ""
         self._stack = ExitStack()
 
@@ -57,6 +78,12 @@ class Run:
 
     def __exit__(self, *exception: Any) -> bool | None:
         return self._stack.__exit__(*exception)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the run is to end after this step, on all its processes."""
+        together = self.world.size > 1 and self._phase == TOGETHER
+        return self._agreed if together else self._signalled > 0
 
     def closing(self, thing: Closed) -> Closed:
         """`thing`, which is closed when the run ends, however it ends."""
@@ -75,6 +102,8 @@ class Run:
         """Log and show step `step` (from 1) of the current phase."""
         row = self.logger.step(self._phase, step, {**scalars, "memory_gib": round(peak_memory_gib(), 3)})
         self.progress.update(step, row)
+        if self._phase == TOGETHER:
+            self._agreed = self.world.any(self._signalled > 0)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every step logged so far, those before a resume included."""
@@ -88,9 +117,13 @@ class Run:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def request(number: int, _: FrameType | None) -> None:
-            if self.stop_requested:
-                raise KeyboardInterrupt
-            self.stop_requested = True
+            now = time.monotonic()
+            if self._signalled:
+                # a launcher passes on what the terminal has sent already
+                if self.world.size == 1 or now - self._signalled > 2.0:
+                    raise KeyboardInterrupt
+                return
+            self._signalled = now
             name = signal.Signals(number).name
             self.progress.message(
                 f"{name}: stopping after this step, everything is saved; once more stops at once"

@@ -1,0 +1,61 @@
+"""The frame around a command that several processes run together: they meet, and they end with one message."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from grpo_fast.errors import UserError
+from grpo_fast.parallel.heartbeat import LOST, Heartbeat
+from grpo_fast.parallel.world import ALONE, World, join, world_size
+
+
+@dataclass
+class Ending:
+    """What is said when a process of the job has died."""
+
+    advice: str = "start it again"
+    """How to go on."""
+
+
+@contextmanager
+def job(device: torch.device) -> Iterator[tuple[World, Ending]]:
+    """Around the whole work of one process; gives its place among the others, and the last words to be kept up to date.
+
+    Alone nothing happens. On several processes a UserError is printed by the first that meets it and by no other, and a
+    process that has died ends all of them (exit code 1) with one line.
+    """
+    ending = Ending()
+    if world_size() == 1:
+        yield ALONE, ending
+        return
+    world = join(device)
+    with Heartbeat(world.rank, world.size, kept=lambda: ending.advice) as heartbeat:
+        try:
+            yield world, ending
+        except UserError as error:
+            if heartbeat.claims():
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            _leave(2)
+        except Exception:
+            lost = heartbeat.lost()
+            if heartbeat.claims():
+                print(f"error: {lost}" if lost else traceback.format_exc(), file=sys.stderr)
+            _leave(LOST)
+        heartbeat.farewell()
+    world.any(False)  # rank 0 may hold the store: it leaves last
+    dist.destroy_process_group()
+
+
+def _leave(code: int) -> None:
+    """At once: threads and libraries may wait for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
