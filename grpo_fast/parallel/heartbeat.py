@@ -18,8 +18,8 @@ from datetime import timedelta
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 INTERVAL_S = 1.0
-SILENCE_S = 40.0
-"""Longest a process may be silent; with the collective that notices it, its end comes within a minute."""
+SILENCE_S = 25.0
+"""Longest a process may be silent; one that hangs has 30 s more from torchrun: within a minute in all."""
 CLOSED_S = 4 * INTERVAL_S
 """How long to look who is silent after a connection was closed, before torchrun ends this process too."""
 LOST = 1
@@ -30,10 +30,10 @@ class Heartbeat:
     """A context manager around the work of one of `size` processes."""
 
     def __init__(
-        self, rank: int, size: int, *, kept: Callable[[], str], silence_s: float = SILENCE_S
+        self, rank: int, size: int, *, advice: Callable[[], str], silence_s: float = SILENCE_S
     ) -> None:
-        """`kept` says, at the end of the message, how to go on."""
-        self._rank, self._size, self._kept, self._silence_s = rank, size, kept, silence_s
+        """`advice` says, at the end of the message, how to go on."""
+        self._rank, self._size, self._advice, self._silence_s = rank, size, advice, silence_s
         self._store = _store(size)
         self._ended = threading.Event()
         self._heard: dict[int, tuple[int, float]] = {}
@@ -109,7 +109,7 @@ class Heartbeat:
         many = len(silent) > 1
         return (
             f"rank{'s' if many else ''} {who} of {self._size} gave no sign of life{how_long}: killed, out of "
-            f"memory, or the machine is gone; {self._kept()}"
+            f"memory, or the machine is gone; {self._advice()}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,8 +22,16 @@ from grpo_fast.parallel.world import ALONE, World, join, world_size
 class Ending:
     """What is said when a process of the job has died."""
 
-    advice: str = "start it again"
-    """How to go on."""
+    advice: str = ""
+    """How to go on; empty until there is something to go on with."""
+
+    def terminated(self, *_: object) -> None:
+        """SIGTERM, where the run itself does not listen: before it begins it ends the process, afterwards nothing.
+
+        The launcher sends it to the processes that are left when one has died, and these are about to say so.
+        """
+        if not self.advice:
+            raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextmanager
@@ -36,8 +45,9 @@ def job(device: torch.device) -> Iterator[tuple[World, Ending]]:
     if world_size() == 1:
         yield ALONE, ending
         return
+    signal.signal(signal.SIGTERM, ending.terminated)
     world = join(device)
-    with Heartbeat(world.rank, world.size, kept=lambda: ending.advice) as heartbeat:
+    with Heartbeat(world.rank, world.size, advice=lambda: ending.advice or "start it again") as heartbeat:
         try:
             yield world, ending
         except UserError as error:
