@@ -19,8 +19,8 @@ from grpo_fast.packing import PackedBatch, pack_chosen
 from grpo_fast.parallel.world import World
 from grpo_fast.rollout import Rollout
 
-EVEN_ROOM = 1.1
-"""Room in evenly filled micro-batches, so that sequences of all lengths find a place."""
+EVEN_ROOM = (1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 3.0)
+"""Tried in turn: the size of evenly filled micro-batches, so that sequences of all lengths find a place."""
 
 
 def update(
@@ -189,8 +189,11 @@ def dealt(pack_to: Callable[[int], list[PackedBatch]], token_budget: int, world:
     places = rounds * world.size
     if len(batches) < places:
         even = sum(map(tokens_of, batches)) / places
-        smaller = pack_to(max(1, round(EVEN_ROOM * even)))
-        batches = smaller if len(smaller) <= places else batches
+        for room in EVEN_ROOM:
+            smaller = pack_to(max(1, min(token_budget, round(room * even))))
+            if len(smaller) <= places:
+                batches = smaller
+                break
     batches = sorted(batches, key=tokens_of, reverse=True)
     own = batches[world.rank :: world.size]
     return own + [replace(batches[-1], counts=False)] * (rounds - len(own))

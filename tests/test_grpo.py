@@ -2,84 +2,16 @@
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.config.resolve import loss_config
-from grpo_fast.config.settings import LossSettings, OptimSettings, RolloutSettings, TrainConfig
-from grpo_fast.data.prompts import Prompt
-from grpo_fast.engines.base import Completion
+from grpo_fast.config.settings import OptimSettings
 from grpo_fast.grpo import split_by_prompt, step_normalizer, update, with_signal
-from grpo_fast.miniature.tokenizer import build_tokenizer
-from grpo_fast.models.policy import LoraSettings, Policy
+from grpo_fast.models.policy import LoraSettings
 from grpo_fast.optim.optimizer import Optimizer
-from grpo_fast.rollout import Rollout
-from grpo_fast.scoring import Scored
-from tests.tiny import causal_lm
-
-GROUP = 4
-
-
-def policy(seed: int = 0, **settings) -> Policy:
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    return Policy.from_model(causal_lm("qwen2", len(tokenizer)), tokenizer, **settings)
-
-
-def rollout(prompts: int = 3, *, flat: int | None = None, seed: int = 1) -> Rollout:
-    """Ragged groups with made-up advantages; group `flat` has none."""
-    draw = torch.Generator().manual_seed(seed)
-    completions, prompt_of = [], []
-    for index in range(prompts):
-        for _ in range(GROUP):
-            length = int(torch.randint(1, 12, (), generator=draw))
-            ids = torch.randint(5, 500, (length,), generator=draw).tolist()
-            logprobs = -torch.rand(length, generator=draw) * 3
-            completions.append(Completion(ids, logprobs, "stop" if length < 9 else "length", 0))
-            prompt_of.append(index)
-    advantages = torch.randn(prompts * GROUP, generator=draw)
-    if flat is not None:
-        advantages[flat * GROUP : (flat + 1) * GROUP] = 0
-    asked = [
-        Prompt(f"p{i}", torch.randint(5, 500, (4 + i,), generator=draw).tolist(), None, {})
-        for i in range(prompts)
-    ]
-    return Rollout(
-        prompts=asked,
-        prompt_of=prompt_of,
-        completions=completions,
-        texts=[""] * len(completions),
-        scored=Scored(rewards=torch.zeros(len(completions), 1), spread=torch.zeros(len(completions), 1)),
-        advantages=advantages,
-    )
-
-
-def config(preset: Any = "dapo", token_budget: int = 8192, **loss) -> TrainConfig:
-    return TrainConfig(
-        loss=LossSettings(preset=preset, **loss),
-        optim=OptimSettings(token_budget=token_budget),
-        rollout=RolloutSettings(group_size=GROUP, max_new_tokens=12, prompts_per_step=3),
-        engine=EngineSettings(max_mismatch=0.0),  # the rollouts' log-probs are made up
-    )
-
-
-def gradients(model: Policy, data: Rollout, settings: TrainConfig, reference: Policy | None = None):
-    """The summed gradient of one optimizer step, by parameter."""
-    model = copy.deepcopy(model)
-    found: dict[str, torch.Tensor] = {}
-
-    class Probe(Optimizer):
-        def step(self, lr):
-            found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-            return super().step(lr)
-
-    metrics = update(
-        model, Probe(model.trainable_parameters(), lr=0.0), data, settings, lr=0.0, reference=reference
-    )
-    return found, metrics
+from tests.grpo_cases import GROUP, config, gradients, policy, rollout
 
 
 @pytest.mark.parametrize("preset", ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "vespo", "luspo"])

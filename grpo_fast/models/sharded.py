@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from grpo_fast.errors import UserError
-from grpo_fast.parallel.world import World
+from grpo_fast.parallel.world import World, gather_into
 
 
 def mesh_of(world: World, device: torch.device) -> DeviceMesh:
@@ -131,7 +131,7 @@ def every_row(own: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tenso
     padded = own.new_zeros(longest, *own.shape[1:])
     padded[: len(own)] = own
     gathered = own.new_empty(len(counts) * longest, *own.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=group)
+    gather_into(gathered, padded, group=group)
     blocks = gathered.view(len(counts), longest, *own.shape[1:])
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
@@ -193,5 +193,5 @@ def _first_row(shared: DTensor, rank: int, size: int) -> int:
 def row_counts(own: Tensor, group: dist.ProcessGroup) -> list[int]:
     """How many rows each process has."""
     counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=own.device)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(own)], device=own.device), group=group)
+    gather_into(counts, torch.tensor([len(own)], device=own.device), group=group)
     return counts.tolist()

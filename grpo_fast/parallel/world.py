@@ -24,6 +24,8 @@ from grpo_fast.errors import Stopped, UserError
 T = TypeVar("T")
 _DONE, _PROBLEM, _STOPPED = b"d", b"p", b"s"
 
+gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""(gathered, own, group=): the name that this PyTorch has for it."""
 COLLECTIVE_LIMIT = timedelta(hours=6)
 """For one collective. A dead rank is noticed by its missing heartbeat, long before; a slow one may take its time."""
 
@@ -51,13 +53,13 @@ class World:
             return [message]
         group = self._aside if aside else self._control
         lengths = torch.empty(self.size, dtype=torch.int64)
-        dist.all_gather_into_tensor(lengths, torch.tensor([len(message)]), group=group)
+        gather_into(lengths, torch.tensor([len(message)]), group=group)
         longest = max(int(lengths.max()), 1)
         own = torch.zeros(longest, dtype=torch.uint8)
         if message:
             own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         everyone = torch.empty(self.size * longest, dtype=torch.uint8)
-        dist.all_gather_into_tensor(everyone, own, group=group)
+        gather_into(everyone, own, group=group)
         rows = everyone.view(self.size, longest)
         return [rows[rank, :length].numpy().tobytes() for rank, length in enumerate(lengths.tolist())]
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ._head import Head, chunk_rows, make_head
 
+_gather_into: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 LOGITS_BYTES = 256 << 20  # of one chunk, a few times over
 
 
@@ -76,7 +77,7 @@ class _VocabParallel(torch.autograd.Function):
             here[1, rows] = (chances * exponents.clamp(min=-1e30)).sum(1)
         ranks = dist.get_world_size(group)
         every = here.new_empty(ranks * 2, len(own))
-        dist.all_gather_into_tensor(every, here, group=group)
+        _gather_into(every, here, group=group)
         weights, means = every.view(ranks, 2, -1).unbind(1)
         surprise = F.softplus(weights.logsumexp(0), threshold=100.0)  # −logprob
         entropy = surprise - (torch.exp(weights - surprise) * means).sum(0)
