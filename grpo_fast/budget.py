@@ -1,7 +1,7 @@
 """The token budget of micro-batches, made smaller where the device's memory does not take it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,13 @@ class TokenBudget:
     """Times it had to be made smaller."""
     tell: Callable[[str], None] | None = None
     """Is given one line whenever work was done with a smaller budget than it began with."""
+    state: dict[str, float] = field(default_factory=dict)
+    """What a checkpoint carries: `tokens`, where they have become fewer"""
+    redo: bool = True
+    """False where other processes are in the middle of the same step: then running out of memory is a UserError"""
+
+    def __post_init__(self) -> None:
+        self.tokens = min(self.tokens, int(self.state.get("tokens", self.tokens)))
 
     def run(
         self,
@@ -43,6 +50,11 @@ class TokenBudget:
                 break
             except torch.OutOfMemoryError:
                 pass  # what the traceback holds must be gone before memory is asked for again
+            if not self.redo:
+                raise UserError(
+                    f"out of memory in a micro-batch of {self.tokens} tokens, which several processes cannot redo "
+                    f"within a step: start again with --optim.token-budget {max(1, self.tokens // 2)}"
+                )
             if undo is not None:
                 undo()
             if torch.cuda.is_available():
@@ -68,5 +80,5 @@ class TokenBudget:
                 "adapter (policy.lora_rank, policy.quantize nf4), or move memory aside (memory.optimizer host, "
                 "memory.activations_on_host, optim.optimizer adamw8bit)"
             )
-        self.tokens = smaller
+        self.tokens = self.state["tokens"] = smaller
         self.retries += 1

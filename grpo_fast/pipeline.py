@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.queue import PromptQueue
 from grpo_fast.engines.base import RolloutEngine
-from grpo_fast.rollout import Rollout, Timer, collect, refilled
+from grpo_fast.rollout import Rollout, Timer, collect, refilled, rollout_of
+from grpo_fast.rollout_codec import Answers
 from grpo_fast.task import Task
 
 ROUND_SEEDS = 1 << 24
@@ -45,6 +47,33 @@ class Pipeline:
 
     def __enter__(self) -> Pipeline:
         return self
+
+    def pending(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The rollout generated ahead, once it is there, as a checkpoint keeps it; nothing where there is none."""
+        if self._coming is None:
+            return {}, {}
+        rollout, metrics = self._coming.result()
+        plain = rollout.answers.plain() | {
+            "prompts": self._index_of(rollout),
+            "metrics": metrics,
+            "queue": self._queue.taken,
+        }
+        return rollout.answers.tensors() | {"advantages": rollout.advantages}, plain
+
+    def take_up(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """The reverse: what `pending` gave is the next rollout."""
+        if not plain:
+            return
+        prompts = [self._task.prompts[index] for index in plain["prompts"]]
+        answers = Answers.of(tensors, plain)
+        rollout = rollout_of(prompts, answers, tensors["advantages"])
+        self._coming = Future()
+        self._coming.set_result((rollout, plain["metrics"]))
+        self._queue.taken = plain["queue"]
+
+    def _index_of(self, rollout: Rollout) -> list[int]:
+        places = {id(prompt): place for place, prompt in enumerate(self._task.prompts)}
+        return [places[id(prompt)] for prompt in rollout.prompts]
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -141,6 +141,12 @@ def _rollout(
         scale=scale,
         std_floor=config.advantage.std_floor,
     )
+    return rollout_of(prompts, answers, advantages)
+
+
+def rollout_of(prompts: list[Prompt], answers: Answers, advantages: Tensor) -> Rollout:
+    """The rollout of whole groups, as many completions to each prompt."""
+    group_size = len(answers.completions) // len(prompts)
     return Rollout(
         prompts=prompts,
         prompt_of=[index for index in range(len(prompts)) for _ in range(group_size)],

@@ -6,20 +6,24 @@ multipliers of rewards with a floor, the place among the prompts) goes into `car
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from grpo_fast import snapshot
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import HalfUpdated, UserError
 from grpo_fast.evaluate import Evaluation
 from grpo_fast.optim.optimizer import Optimizer
+from grpo_fast.parallel.world import ALONE, World
 from grpo_fast.run import checkpoint
 from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import RunLogger, read_summary, write_atomically
+from grpo_fast.run.saving import Saver
 
 Carried = Mapping[str, dict[str, float]]
 
@@ -33,6 +37,8 @@ class Saving(Protocol):
     def save_every(self) -> int: ...
     @property
     def keep_checkpoints(self) -> int: ...
+    @property
+    def save_async(self) -> bool: ...
 
 
 def is_due(step: int, every: int) -> bool:
@@ -50,6 +56,14 @@ def goes_ahead(step: int, config: TrainConfig) -> bool:
     return config.rollout.ahead and step < settings.steps and not between
 
 
+class Ahead(Protocol):
+    """What has been generated for a step that is still to come."""
+
+    def pending(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As tensors and plain JSON; both empty where there is nothing."""
+        ...
+
+
 def save(
     run_dir: Path,
     step: int,
@@ -58,60 +72,65 @@ def save(
     *,
     keep: int,
     carried: Carried | None = None,
+    world: World = ALONE,
+    form: str = "sharded",
+    ahead: Ahead | None = None,
+    saver: Saver | None = None,
 ) -> None:
-    """Write the checkpoint of `step` finished steps; of `model` it holds what is trained (with LoRA the adapter)."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = optimizer.state_dict()
-    moments, plain = checkpoint.flatten_optimizer(state["inner"])
-    checkpoint.save(
-        run_dir,
-        step,
-        {"model": trained, "optimizer": moments, "masters": state["masters"]},
-        {
-            "step": step,
-            "optimizer": plain,
-            "skipped_steps": state["skipped_steps"],
-            "carried": {name: dict(numbers) for name, numbers in (carried or {}).items()},
-        },
-        keep=keep,
-    )
+    """Write the checkpoint of `step` finished steps; of `model` it holds what is trained (with LoRA the adapter).
+
+    With a `saver` that writes aside this returns as soon as everything has been copied to the host.
+    """
+    tensors, plain = ahead.pending() if ahead is not None else ({}, {})
+    state = {
+        "step": step,
+        "carried": {name: dict(numbers) for name, numbers in (carried or {}).items()},
+        "ahead": plain,
+    }
+    saver = saver or Saver(aside=False)
+    saver.wait()  # two copies at once would take twice the host's memory
+    taken = snapshot.take(model, optimizer, state, world=world, form=form, copy=saver.is_aside, extra=tensors)
+    saver.write(lambda: taken.write(run_dir, step, keep=keep, world=world))
 
 
-@torch.no_grad()
-def restore(run_dir: Path, model: nn.Module, optimizer: Optimizer, carried: Carried | None = None) -> int:
-    """Load the newest checkpoint, if there is one, and return the number of finished steps.
+@dataclass(frozen=True)
+class Restored:
+    """Where a run goes on."""
+
+    step: int
+    """Finished steps"""
+    tensors: dict[str, Tensor]
+    plain: dict[str, Any]
+    """What was generated ahead, as `Ahead.pending` gave it"""
+
+
+def restore(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    carried: Carried | None = None,
+    *,
+    world: World = ALONE,
+) -> Restored:
+    """Load the newest checkpoint, if there is one.
 
     The dicts of `carried` are filled with what was saved under their names.
     """
     path = checkpoint.latest(run_dir)
     if path is None:
-        return 0
-    groups, state = checkpoint.load(path)  # on the host: on the device it may not fit beside what it replaces
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in own.items():
-        saved = groups["model"].get(name)
-        if saved is None or saved.shape != parameter.shape:
-            found = "is missing" if saved is None else f"has shape {tuple(saved.shape)}"
-            raise UserError(
-                f"checkpoint {path}: weight {name} {found}, the model has {tuple(parameter.shape)}"
-            )
-        parameter.copy_(saved)
-    optimizer.load_state_dict(
-        {
-            "inner": checkpoint.unflatten_optimizer(groups["optimizer"], state["optimizer"]),
-            "masters": groups["masters"],
-            "skipped_steps": state["skipped_steps"],
-        }
-    )
+        return Restored(0, {}, {})
+    tensors, state = snapshot.put_back(path, model, optimizer, world)
     for name, numbers in (carried or {}).items():
         numbers.update(state["carried"].get(name, {}))
-    return int(state["step"])
+    return Restored(int(state["step"]), tensors, state.get("ahead", {}))
 
 
 class Steps:
     """The steps of a run, each logged and saved when it is due; a context manager, iterated once.
 
-    A UserError on the way (a reward function that fails, a full disk) costs no step that the model has taken.
+    Checkpoints are written by a thread (with `save_async`): a step waits for the copy to the host, and for the
+    checkpoint before, if that is not through. A UserError on the way (a reward function that fails, a full disk) costs
+    no step that the model has taken.
     """
 
     def __init__(
@@ -124,10 +143,15 @@ class Steps:
         steps: int,
         first: int,
         carried: Carried | None = None,
+        ahead: Ahead | None = None,
+        form: str = "sharded",
     ) -> None:
         """`steps` in all, `first` of which an earlier process has taken."""
         self._run, self._settings, self._steps = run, settings, steps
-        self._model, self._optimizer, self._carried = model, optimizer, carried
+        self._model, self._optimizer, self._carried, self._ahead = model, optimizer, carried, ahead
+        self._form = form
+        self._saver = Saver(aside=settings.save_async)
+        self._writing = first  # the step that the saver has been given last
         self.done = self._logged = self._saved = first
         self._refused = False  # whether the disk did not take the last checkpoint
         self._metrics: dict[str, float] = {}
@@ -151,6 +175,10 @@ class Steps:
         last = self.done == self._steps or self._run.stop_requested
         if last or is_due(self.done, self._settings.save_every):
             self._save()
+        elif self._run.world.size == 1 and self._saver.failed():  # several must find out at the same step
+            self._settle()
+        if last:
+            self._settle()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, torch.OutOfMemoryError):
@@ -159,11 +187,17 @@ class Steps:
                 "engine.sleep), or give the run a memory.limit_gib to fit into"
             )
         if not isinstance(error, UserError):
+            self._saver.close()
             return
         if self.done > self._logged:
             self._log()
+        with suppress(UserError):  # it is on its way already
+            self._settle()
         if self.done > self._saved and not self._refused and not isinstance(error, HalfUpdated):
+            self._ahead = None  # what fails may be just that
             self._save()
+            self._settle()
+        self._saver.close()
         if self._saved:
             hint = f"{self._saved} steps are kept, go on with --resume {self._run.path}"
             raise UserError(f"{error}; {hint}") from error
@@ -174,8 +208,10 @@ class Steps:
         self._run.step(self.done, self._metrics)
 
     def _save(self) -> None:
-        self._refused = True
         with self._run.phase_timer("save"):
+            self._settle()
+            self._refused = True
+            self._writing = self.done
             save(
                 self._run.path,
                 self.done,
@@ -183,8 +219,22 @@ class Steps:
                 self._optimizer,
                 keep=self._settings.keep_checkpoints,
                 carried=self._carried,
+                world=self._run.world,
+                form=self._form,
+                ahead=self._ahead,
+                saver=self._saver,
             )
-        self._refused, self._saved = False, self.done
+            self._refused = False
+
+    def _settle(self) -> None:
+        """The checkpoint that is being written is on the disk, or its error is raised."""
+        try:
+            self._saver.wait()
+        except UserError:
+            self._refused = True
+            raise
+        if not self._refused:
+            self._saved = self._writing
 
 
 def resumed_logger(
@@ -203,9 +253,7 @@ def resumed_logger(
     """
     path = checkpoint.latest(run_dir)
     if path is not None:
-        if problem := checkpoint.verify(path):
-            checkpoint.load(path)  # raises with the way out
-            raise AssertionError(problem)
+        checkpoint.check(path)
         step = int(path.name.removeprefix("step-"))
         if step > steps or (step == steps and (read_summary(run_dir) or {}).get("status") == "finished"):
             state = "is finished" if step == steps else "has gone further than asked for"

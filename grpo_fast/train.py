@@ -69,14 +69,20 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         kind=config.optim.optimizer,
         where=config.memory.optimizer,
     )
-    budget = TokenBudget(config.optim.token_budget, tell=run.progress.message)
     base_seed = config.seed << 32
 
     multipliers = Multipliers(
         task.scorer.names, task.scorer.weights, config.reward.floors, lr=config.reward.floor_lr
     )
-    carried = {"multipliers": multipliers.state, "prompts": {}}
-    first = restore(run.path, policy.model, optimizer, carried)
+    carried = {"multipliers": multipliers.state, "prompts": {}, "budget": {}}
+    restored = restore(run.path, policy.model, optimizer, carried, world=run.world)
+    first = restored.step
+    budget = TokenBudget(
+        config.optim.token_budget,
+        tell=run.progress.message,
+        state=carried["budget"],
+        redo=run.world.size == 1,
+    )
     queue = PromptQueue(len(task.prompts), config.seed, rest=config.rollout.rest, state=carried["prompts"])
     optimizer.offload()
     watch = Watch([row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first])
@@ -93,11 +99,20 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         run.world.first(lambda: save_evaluation(run.path, before))
 
     with (
-        Steps(
-            run, config.run, policy.model, optimizer, steps=config.run.steps, first=first, carried=carried
-        ) as steps,
         Pipeline(queue, task, engine, config, timer=run.phase_timer) as pipeline,
+        Steps(
+            run,
+            config.run,
+            policy.model,
+            optimizer,
+            steps=config.run.steps,
+            first=first,
+            carried=carried,
+            ahead=pipeline,
+            form=config.run.checkpoint,
+        ) as steps,
     ):
+        pipeline.take_up(restored.tensors, restored.plain)
         for step in steps:
             started = time.perf_counter()
             # a group of completions for each prompt, their rewards, and each one's advantage over its group

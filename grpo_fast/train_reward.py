@@ -50,7 +50,7 @@ def train_reward(config: RewardConfig, rated: Rated, run: Run) -> int:
         kind=optim.optimizer,
     )
     total = steps_of(len(rated.training.examples), optim.batch_size, config.run.epochs)
-    first = restore(run.path, model, optimizer)
+    first = restore(run.path, model, optimizer).step
     run.begin("reward_model", total, done=first)
     run.check_stop()
 

@@ -148,7 +148,7 @@ def swap(old: str, new: str):
         ("manifest.json", lambda path: path.write_bytes(b"\x80\x04\xff"), "cannot read it"),
         ("manifest.json", put("[]"), "another program's file"),
         ("manifest.json", put('{"model": 1}'), "another program's file"),
-        ("manifest.json", swap('version": 1', 'version": 9'), "expected format version 1, found 9"),
+        ("manifest.json", swap('version": 1', 'version": 9'), "expected format version 1 or 2, found 9"),
         ("manifest.json", swap('"state.json"', '"../../x"'), "expected the files"),
         ("manifest.json", swap('"size"', '"sz"'), "size and sha256"),
     ],

@@ -89,7 +89,7 @@ def test_multipliers_go_into_a_checkpoint_and_come_back(tmp_path: Path):
     state.save(tmp_path, 4, model, optimizer, keep=1, carried={"multipliers": multipliers.state})
     again = made({"safe": 1.0, "cost": 3.0})
     assert again.state != multipliers.state
-    assert state.restore(tmp_path, model, optimizer, {"multipliers": again.state}) == 4
+    assert state.restore(tmp_path, model, optimizer, {"multipliers": again.state}).step == 4
     assert again.state == multipliers.state and torch.equal(again.weights(), multipliers.weights())
 
 

@@ -94,6 +94,8 @@ class RewardRunSettings:
     """Save a checkpoint every so many steps; 0: at the end and on interruption only."""
     keep_checkpoints: int = 1
     """Newest checkpoints kept."""
+    save_async: bool = True
+    """Write checkpoints while training goes on; a step waits for a copy in the host's memory, which must hold it."""
     probes: int = 200
     """Held-out replies that are turned into known exploits to see whether the scores rise; 0: none."""
     samples: int = 8

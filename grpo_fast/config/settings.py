@@ -288,6 +288,10 @@ class RunSettings:
     """Save a checkpoint every so many steps; 0: at the end and on interruption only."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    checkpoint: Literal["sharded", "full"] = "sharded"
+    """Several processes: each writes its shards, or one of them the whole; any number can go on with either."""
+    save_async: bool = True
+    """Write checkpoints while training goes on; a step waits for a copy in the host's memory, which must hold it."""
     wandb: bool = False
     """Log to Weights & Biases too (TensorBoard always)."""
     samples: int = 8

@@ -48,6 +48,15 @@ class PromptQueue:
             if without_signal:
                 self._now |= {f"flat/{prompt}": times, f"rest/{prompt}": min(times, self._rest)}
 
+    @property
+    def taken(self) -> dict[str, float]:
+        """`state` as `settle` would make it now."""
+        return dict(self._now)
+
+    @taken.setter
+    def taken(self, state: dict[str, float]) -> None:
+        self._now = dict(state)
+
     def settle(self) -> None:
         """Everything taken so far has been used: it becomes part of `state`."""
         self.state.clear()

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+SMALLEST, BLOCK = 4096, 256
 _PARTS = ("codes", "scale", "qmap")
+_AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
 def adamw8bit(
@@ -41,12 +44,18 @@ def parts(state: Tensor) -> list[Tensor]:
 
 
 def plain_states(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's `state_dict()` with each 8-bit state as three plain tensors, `exp_avg:codes` and so on."""
+    """The optimizer's `state_dict()` with each 8-bit state as three plain tensors, `exp_avg:codes` and so on.
+
+    A state that is shared out over processes becomes float32 instead: blocks end at a share's end, so another number of
+    processes has other blocks. On the same number the same codes come back.
+    """
     plain: dict[Any, dict[str, Any]] = {}
     for index, values in state_dict["state"].items():
         plain[index] = {}
         for name, value in values.items():
-            if is_traceable_wrapper_subclass(value):
+            if isinstance(value, DTensor):
+                plain[index][name] = _widened_share(value)
+            elif is_traceable_wrapper_subclass(value):
                 plain[index] |= {f"{name}:{part}": getattr(value, part) for part in _PARTS}
             else:
                 plain[index][name] = value
@@ -57,21 +66,58 @@ def quantised_states(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The reverse of `plain_states`; learning rates become the tensors that torchao's step needs."""
     from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
 
-    whole: dict[Any, dict[str, Any]] = {}
-    for index, values in state_dict["state"].items():
-        names = dict.fromkeys(name.partition(":")[0] for name in values)
-        whole[index] = {
-            name: values[name]
-            if name in values
-            else OptimState8bit(
-                *(values[f"{name}:{part}"] for part in _PARTS),
-                signed=name == "exp_avg",
-                dtype=torch.float32,
+    def quantised(name: str, values: Mapping[str, Any]) -> Any:
+        signed = name == "exp_avg"
+        if name not in values:
+            return OptimState8bit(
+                *(values[f"{name}:{part}"] for part in _PARTS), signed=signed, dtype=torch.float32
             )
-            for name in names
+        value = values[name]
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if name not in _AVERAGES or local.numel() < SMALLEST or local.numel() % BLOCK:
+            return value
+        codes = OptimState8bit.zeros(local.shape, signed, BLOCK, local.device, torch.float32).copy_(local)
+        return shared_like(codes, value) if isinstance(value, DTensor) else codes
+
+    whole: dict[Any, dict[str, Any]] = {
+        index: {
+            name: quantised(name, values) for name in dict.fromkeys(name.partition(":")[0] for name in values)
         }
+        for index, values in state_dict["state"].items()
+    }
     groups = [
         {**group, "lr": torch.as_tensor(group["lr"], dtype=torch.float32)}
         for group in state_dict["param_groups"]
     ]
     return {"state": whole, "param_groups": groups}
+
+
+def widened(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat states (`3.exp_avg:codes`, …) with each 8-bit state as one float32 tensor (`3.exp_avg`)."""
+    found = {name: value for name, value in moments.items() if ":" not in name}
+    coded = dict.fromkeys(name.partition(":")[0] for name in moments if ":" in name)
+    for name in coded:
+        from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
+
+        parts_of = [moments[f"{name}:{part}"] for part in _PARTS]
+        parts_of = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts_of]
+        signed = name.endswith(".exp_avg")
+        found[name] = OptimState8bit(*parts_of, signed=signed, dtype=torch.float32).dequantize()
+    return found
+
+
+def shared_like(local: Tensor, other: DTensor) -> DTensor:
+    """This process's share of a tensor that is shared out as `other` is, on its device."""
+    return DTensor.from_local(
+        local,
+        other.device_mesh,
+        other.placements,
+        run_check=False,
+        shape=other.shape,
+        stride=other.stride(),
+    )
+
+
+def _widened_share(value: DTensor) -> Tensor:
+    local = value.to_local()
+    return shared_like(local.dequantize(), value) if is_traceable_wrapper_subclass(local) else value  # type: ignore[operator]

@@ -104,6 +104,11 @@ class Optimizer:
         parameter.register_post_accumulate_grad_hook(collect)
         return master
 
+    @property
+    def ordered(self) -> list[Tensor]:
+        """The masters in the order of the inner optimizer's states."""
+        return [parameter for group in self.inner.param_groups for parameter in group["params"]]
+
     def step(self, lr: float) -> tuple[float, bool]:
         """Clip the gradient to `max_grad_norm`, update at `lr` and clear it.
 
@@ -185,7 +190,8 @@ class Optimizer:
         )
         self.skipped_steps = int(state["skipped_steps"])
         for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
-            master.copy_(state["masters"].get(str(index), parameter))
+            if master is not parameter:
+                master.copy_(state["masters"].get(str(index), parameter))
         self._publish()
 
 

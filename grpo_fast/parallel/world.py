@@ -38,20 +38,23 @@ class World:
     size: int = 1
     _control: dist.ProcessGroup | None = field(default=None, repr=False)
     _aside: dist.ProcessGroup | None = field(default=None, repr=False)
+    saving: dist.ProcessGroup | None = field(default=None, repr=False)
+    """Of the thread that saves"""
 
     @property
     def is_first(self) -> bool:
         """Whether this is the process that writes files and speaks to the user."""
         return self.rank == 0
 
-    def gather(self, message: bytes, *, aside: bool = False) -> list[bytes]:
+    def gather(self, message: bytes, *, aside: bool = False, saving: bool = False) -> list[bytes]:
         """Every rank's message, in the order of ranks; all ranks call it, in the same order.
 
-        `aside`: on the group of the thread that generates ahead, whose collectives must not mix with the main one's.
+        `aside`, `saving`: on the group of the thread that generates ahead, or that saves; collectives of several
+        threads must not mix.
         """
         if self.size == 1:
             return [message]
-        group = self._aside if aside else self._control
+        group = self._aside if aside else self.saving if saving else self._control
         lengths = torch.empty(self.size, dtype=torch.int64)
         gather_into(lengths, torch.tensor([len(message)]), group=group)
         longest = max(int(lengths.max()), 1)
@@ -76,18 +79,20 @@ class World:
         """Whether one of the ranks says so."""
         return any(answer == b"1" for answer in self.gather(b"1" if flag else b"0"))
 
-    def first(self, work: Callable[[], Any]) -> Any:
+    def first(self, work: Callable[[], Any], *, saving: bool = False) -> Any:
         """What `work` returns on rank 0 (it must survive JSON), on every rank; its UserError too."""
-        return self.agreed(work if self.is_first else lambda: None)[0]
+        return self.agreed(work if self.is_first else lambda: None, saving=saving)[0]
 
-    def agreed(self, work: Callable[[], T], *, aside: bool = False) -> list[T]:
+    def agreed(self, work: Callable[[], T], *, aside: bool = False, saving: bool = False) -> list[T]:
         """What `work` returns on each rank (it must survive JSON)."""
         if self.size == 1:
             return [work()]
-        packed = self.exchanged(lambda: json.dumps(work()).encode(), aside=aside)
+        packed = self.exchanged(lambda: json.dumps(work()).encode(), aside=aside, saving=saving)
         return [json.loads(text) for text in packed]
 
-    def exchanged(self, work: Callable[[], bytes], *, aside: bool = False) -> list[bytes]:
+    def exchanged(
+        self, work: Callable[[], bytes], *, aside: bool = False, saving: bool = False
+    ) -> list[bytes]:
         """What `work` returns on each rank; where one raises UserError, or was stopped, all are.
 
         So that no rank waits for another that has given up.
@@ -100,7 +105,7 @@ class World:
             answer = _PROBLEM + str(error).encode()
         except Stopped:
             answer = _STOPPED
-        answers = self.gather(answer, aside=aside)
+        answers = self.gather(answer, aside=aside, saving=saving)
         for rank, each in enumerate(answers):
             if each[:1] == _STOPPED:
                 raise Stopped
@@ -148,7 +153,7 @@ def join(device: torch.device) -> World:
         raise UserError(
             f"the {size} processes of the job did not meet: {what[:300]}; start them with torchrun"
         ) from None
-    groups: list[Any] = [dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT) for _ in range(2)]
+    groups: list[Any] = [dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT) for _ in range(3)]
     return World(dist.get_rank(), size, *groups)
 
 

@@ -25,6 +25,7 @@ from grpo_fast.errors import UserError
 
 FORMAT = "grpo_fast checkpoint"
 FORMAT_VERSION = 1
+SHARDS_VERSION = 2  # written by several processes (run/shards.py)
 _FOLDER = re.compile(r"step-(\d{6,})")
 _GROUP = re.compile(r"[A-Za-z0-9_]+")
 _DTYPES = {
@@ -65,46 +66,69 @@ def save(
     if bad := [name for name in tensors if not _GROUP.fullmatch(name)]:
         raise ValueError(f"a group name must be letters, digits and underscores, got {bad[0]!r}")
     state_text = json.dumps(state, indent=1)
-    parent = Path(run_dir) / "checkpoints"
-    target = parent / f"step-{step:06d}"
-    temporary = parent / f".step-{step:06d}.tmp-{os.getpid()}"
-    replaced = parent / f".step-{step:06d}.replaced"
+    folder = Folder(Path(run_dir), step)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(".step-*.tmp-*"):  # of a process that was killed while it saved
-            shutil.rmtree(leftover)
-        temporary.mkdir()
+        folder.begin()
         files: dict[str, dict[str, Any]] = {}
         aliases: dict[str, dict[str, str]] = {}
         for group, named in tensors.items():
-            unique, aliases[group] = _without_aliases(named)
-            files[f"{group}.safetensors"] = _write(temporary / f"{group}.safetensors", _safetensors(unique))
-        files["state.json"] = _write(temporary / "state.json", [state_text.encode()])
+            unique, aliases[group] = without_aliases(named)
+            files[f"{group}.safetensors"] = _write(
+                folder.aside / f"{group}.safetensors", _safetensors(unique)
+            )
+        folder.seal(files, aliases, state_text, keep=keep)
+    except OSError as error:
+        raise UserError(save_failure(error, folder.target, _bytes_of(tensors))) from error
+    finally:
+        shutil.rmtree(folder.aside, ignore_errors=True)
+    return folder.target
+
+
+class Folder:
+    """The folder of one checkpoint while it is built: under a hidden name, until everything in it is on the disk."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.parent, self.step = run_dir / "checkpoints", step
+        self.target = self.parent / f"step-{step:06d}"
+        self.aside = self.parent / f".step-{step:06d}.tmp"
+
+    def begin(self) -> None:
+        """Make the hidden folder; those of a process that was killed while it saved go away."""
+        self.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in self.parent.glob(".step-*.tmp*"):
+            shutil.rmtree(leftover)
+        self.aside.mkdir()
+
+    def seal(
+        self,
+        files: Mapping[str, Mapping[str, Any]],
+        aliases: Mapping[str, Mapping[str, str]],
+        state_text: str,
+        *,
+        keep: int,
+        version: int = FORMAT_VERSION,
+    ) -> None:
+        """Write `state.json` and, last, the manifest, and give the folder its name; `keep - 1` older ones stay."""
+        entries = {**files, "state.json": _write(self.aside / "state.json", [state_text.encode()])}
         manifest = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": version,
             "project_version": __version__,
-            "step": step,
-            "files": files,
+            "step": self.step,
+            "files": entries,
             "aliases": aliases,
         }
-        _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
-        _fsync_folder(temporary)
-        if target.exists():  # the same step saved again: the new one takes its place
+        _write(self.aside / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+        fsync_folder(self.aside)
+        replaced = self.parent / f".step-{self.step:06d}.replaced"
+        if self.target.exists():  # the same step saved again: the new one takes its place
             shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        temporary.rename(target)
-        _fsync_folder(parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(_save_failure(error, target, tensors)) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-    for old in [path for path in _all(run_dir) if path != target][: -(keep - 1) or None]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+            self.target.rename(replaced)
+        self.aside.rename(self.target)
+        fsync_folder(self.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in [path for path in _all(self.parent.parent) if path != self.target][: -(keep - 1) or None]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def latest(run_dir: Path | str) -> Path | None:
@@ -120,9 +144,10 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Groups, 
     altered, a folder that another program or another format version wrote.
     """
     path = Path(path)
-    if problem := verify(path):
-        raise UserError(problem + _way_out(path))
+    check(path)
     manifest = json.loads((path / "manifest.json").read_text())
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{path} is in shards: run.shards reads it")
     groups: Groups = {}
     for group, aliases in manifest["aliases"].items():
         file = path / f"{group}.safetensors"
@@ -134,6 +159,12 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Groups, 
         named.update({alias: named[original] for alias, original in aliases.items()})
         groups[group] = named
     return groups, json.loads((path / "state.json").read_text())
+
+
+def check(path: Path) -> None:
+    """UserError, with the way out, where a checkpoint is not whole."""
+    if problem := verify(path):
+        raise UserError(problem + _way_out(path))
 
 
 def verify(path: Path | str) -> str | None:
@@ -150,16 +181,18 @@ def verify(path: Path | str) -> str | None:
         return f"{file}: expected the checkpoint's JSON manifest, cannot read it ({_one_line(error)})"
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return f"{file}: expected format {FORMAT!r}, found another program's file"
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in (FORMAT_VERSION, SHARDS_VERSION):
         return (
-            f"{file}: expected format version {FORMAT_VERSION}, found {manifest.get('format_version')!r} "
-            f"(written by grpo_fast {manifest.get('project_version')!r})"
+            f"{file}: expected format version {FORMAT_VERSION} or {SHARDS_VERSION}, "
+            f"found {manifest.get('format_version')!r} (written by grpo_fast {manifest.get('project_version')!r})"
         )
     try:
         expected = {
             name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
         }
         listed = {f"{group}.safetensors" for group in manifest["aliases"]} | {"state.json"}
+        if manifest["format_version"] == SHARDS_VERSION:
+            listed = {str(name) for name in expected if str(name).endswith(".safetensors")} | {"state.json"}
     except (KeyError, TypeError, ValueError, AttributeError):
         return f"{file}: expected a list of files with size and sha256, found something else"
     if listed != set(expected):
@@ -219,7 +252,7 @@ def _all(run_dir: Path | str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def without_aliases(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split into tensors to store and {alias: stored name} for names of one and the same memory."""
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -273,7 +306,8 @@ def _write(path: Path, pieces: Iterator[bytes | memoryview] | list[bytes]) -> di
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _fsync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
+    """The folder's own entries reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -281,11 +315,10 @@ def _fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _save_failure(error: OSError, target: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
+def save_failure(error: OSError, target: Path, needed: int) -> str:
+    """What is said when a checkpoint of `needed` bytes could not be written."""
     room = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        unique = [_without_aliases(named)[0] for named in tensors.values()]
-        needed = sum(tensor.numel() * tensor.element_size() for named in unique for tensor in named.values())
         existing = next(path for path in [target, *target.parents] if path.exists())
         free = shutil.disk_usage(existing).free
         room = f" (needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free)"
@@ -296,6 +329,11 @@ def _save_failure(error: OSError, target: Path, tensors: Mapping[str, Mapping[st
         else "there is no earlier checkpoint"
     )
     return f"cannot save checkpoint {target}: {error.strerror or error}{room}; {kept}"
+
+
+def _bytes_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    unique = [without_aliases(named)[0] for named in tensors.values()]
+    return sum(tensor.numel() * tensor.element_size() for named in unique for tensor in named.values())
 
 
 def _way_out(path: Path) -> str:
