@@ -11,7 +11,9 @@ from typing import Any
 from grpo_fast.errors import UserError
 from grpo_fast.report.charts import Series, line_chart
 from grpo_fast.report.template import is_number, page_template
-from grpo_fast.run.metrics import PHASES, read_rows, read_summary
+from grpo_fast.run.follow import check_run_folder
+from grpo_fast.run.metrics import read_rows, read_summary
+from grpo_fast.run.progress import PHASES
 
 UNTOLD = ("name", "output_dir")  # settings that differ between any two runs
 CURVES = (
@@ -57,9 +59,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
         raise UserError("a run is named twice: compare different ones")
     for folder in folders:
         config = folder / "config.toml"
-        if not config.is_file():
-            found = "no config.toml" if folder.is_dir() else ("a file" if folder.exists() else "nothing")
-            raise UserError(f"{folder}: expected the folder of a run, found {found}")
+        check_run_folder(folder)
         try:
             settings = _flat(tomllib.loads(config.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
