@@ -45,8 +45,9 @@ def trainer_flags(words: list[str]) -> tuple[Command[Any], list[str]] | None:
     """A trainer's command and what stands after it, where these words call one."""
     for place, word in enumerate(words):
         if word in TRAINERS and (words[place - 1] == "-m" if place else word.startswith("grpo-")):
-            rest = [word for word in words[place + 1 :] if word not in ("...", "|", "&")]
-            return TRAINERS[word], rest[: rest.index(">")] if ">" in rest else rest
+            rest = [word for word in words[place + 1 :] if word not in ("...", "&")]
+            ends = [rest.index(end) for end in (">", "|", "||") if end in rest]
+            return TRAINERS[word], rest[: min(ends, default=None)]
     return None
 
 

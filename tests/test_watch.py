@@ -131,17 +131,29 @@ def test_the_phases_before_grpo_show_their_loss(run):
 def test_no_line_is_wider_than_the_terminal(run, width):
     log(run, row(1, **{"reward/" + "long" * 30: 0.5, "kl": 0.1}) + row(2, **{"warning/" + "x" * 90: 1.0}))
     (run / "samples.jsonl").write_text(json.dumps({"prompt": "p" * 500, "completion": "c " * 500}) + "\n")
-    assert max(map(len, shown(Watched(run), width).splitlines())) <= width
+    text = shown(Watched(run), width)
+    assert max(map(len, text.splitlines())) <= width and ("0.500" in text or width == 12)
 
 
 def test_nothing_from_the_run_is_obeyed(run, capsys):
     evil = "\x1b]0;owned\x07\x1b[2J\N{RIGHT-TO-LEFT OVERRIDE}[red]x"
-    log(run, row(1, **{f"reward/{evil}": 0.5, f"warning/{evil}": 1.0}) + row(2, phase=evil))
     (run / "samples.jsonl").write_text(json.dumps({"prompt": evil, "completion": evil + "\ud800"}) + "\n")
-    (run / ENDING).write_text(f"failed: {evil}")
-    assert follow(run) == 0
-    text = shown(Watched(run)) + capsys.readouterr().out
-    assert "[red]x" in text and not set(text) & set("\x1b\x07\ud800\N{RIGHT-TO-LEFT OVERRIDE}")
+    note_ending(run, UserError(evil))
+    text = ""
+    for last in (row(1, phase=evil), row(2, **{f"reward/{evil}": 0.5, f"warning/{evil}": 1.0})):
+        log(run, last)
+        assert follow(run) == 0
+        text += shown(Watched(run)) + capsys.readouterr().out
+    assert text.count("[red]x") >= 8 and not set(text) & set("\x1b\x07\ud800\N{RIGHT-TO-LEFT OVERRIDE}")
+
+
+def test_a_resumed_run_is_shown_from_its_new_log(run):
+    log(run, row(1) + row(2) + row(3, **{"warning/outside": 1.0}))
+    watched = Watched(run)
+    assert "outside" in shown(watched)
+    write_atomically(run / "metrics.jsonl", row(1) + row(2))
+    text = shown(watched)
+    assert "step 2/10" in text and "outside" not in text and watched.history["reward/safety"] == [0.1, 0.2]
 
 
 def test_how_a_run_stands(run):

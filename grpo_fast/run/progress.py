@@ -180,12 +180,13 @@ def curve_table(
 
     `width`: columns of the terminal; `better` -1: lower is better.
     """
-    shown = {plain_text(name, one_line=True): values for name, values in curves.items() if values}
     columns = 4 if width >= 48 else 2
+    longest = max(4, width - (42 if columns == 4 else 16))
+    shown = {_cut(plain_text(name, one_line=True), longest): v for name, v in curves.items() if v}
     table = Table.grid(padding=(0, 2), expand=True)
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_column(no_wrap=True)
     for _ in range(min(columns - 1, 2)):
-        table.add_column(justify="right", no_wrap=True, min_width=6)
+        table.add_column(justify="right", no_wrap=True)
     if columns == 4:
         table.add_column(ratio=1, no_wrap=True, overflow="crop")
     table.add_row(*[Text(head, style="dim") for head in ("objective", title, "since start", "")[:columns]])
@@ -201,6 +202,10 @@ def curve_table(
         )
         table.add_row(*cells[:columns])
     return table
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def number_line(numbers: Sequence[tuple[str, str]]) -> Columns:
