@@ -9,7 +9,7 @@ CORES := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if 
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_ENV := PYTHONPATH=.:kernels:$$PYTHONPATH PYTHONUNBUFFERED=1
 
-.PHONY: train test lint format bench gpu-test gpu-bench clean
+.PHONY: train test lint format bench docs gpu-test gpu-bench clean
 
 train: $(VENV)/.ready
 	@$(BIN)/python -m grpo_fast.train $(ARGS)
@@ -32,6 +32,10 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.step $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 	$(BIN)/python -m benchmarks.history
 
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+	@echo "read it: $(BIN)/python -m http.server -d site 8000"
+
 gpu-test:
 	$(GPU_ENV) $(GPU_PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)
 
@@ -53,5 +57,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@touch $@
 
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist build site .pytest_cache .ruff_cache

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from grpo_kernels import linear_logprob
 from grpo_kernels import reference as plain
+from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,7 @@ OPTIONAL = {
     "wandb": "run.wandb",
 }
 LITTLE_DISK = 5 * GIB
+LITTLE_MEMORY = 2 * GIB
 HEADS = {"Qwen2.5 0.5B": (14, 2, 64), "Qwen2.5 7B": (28, 4, 128)}  # query heads, key heads, width
 HEAD_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest error of a log-prob on the trial, in nats."""
@@ -68,8 +70,19 @@ def _command(argv: Sequence[str] | None) -> int:
     if args.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
-        Console(soft_wrap=True).print(table(findings))
+        console = Console(soft_wrap=True)
+        console.print(table(findings))
+        console.print(verdict(findings), style="bold")
     return 1 if any(finding.state == "problem" for finding in findings) else 0
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """The report in one line."""
+    wrong = [finding.what for finding in findings if finding.state == "problem"]
+    noted = [finding.what for finding in findings if finding.state == "note"]
+    if wrong:
+        return f"to be mended before a run can go well: {', '.join(wrong)}"
+    return "a run can go well here" + (f"; worth knowing: {', '.join(noted)}" if noted else "")
 
 
 def table(findings: Sequence[Finding]) -> Table:
@@ -97,6 +110,7 @@ def examine(folder: Path) -> list[Finding]:
         *devices(),
         *attention(device),
         *loss_head(device),
+        *engine(device),
         *compiler(device),
         *room(device, folder),
     ]
@@ -128,15 +142,23 @@ def software() -> list[Finding]:
 
 def devices() -> list[Finding]:
     """Every GPU with its memory, or why there is none."""
-    part = "devices"
+    part, built, driver = "devices", torch.version.cuda, _driver()
     if not torch.cuda.is_available():
-        build = "has no CUDA in it" if torch.version.cuda is None else "finds no CUDA device (driver?)"
+        if built is None:
+            why = "this PyTorch has no CUDA in it"
+        else:
+            why = f"this PyTorch is built for CUDA {built} and finds no device: " + (
+                f"driver {driver} may be too old for it, or the GPUs are hidden (CUDA_VISIBLE_DEVICES)"
+                if driver
+                else "no NVIDIA driver answers (nvidia-smi)"
+            )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return [
-            Finding(part=part, what="GPU", says=f"none: this PyTorch {build}", state="note"),
+            Finding(part=part, what="GPU", says=f"none: {why}", state="note"),
             Finding(part=part, what="CPU", says=f"{cores} cores, {torch.get_num_threads()} threads"),
         ]
-    found = [Finding(part=part, what="driver", says=_driver() or "unknown")]
+    says = f"{driver or 'unknown'}; this PyTorch is built for CUDA {built}"
+    found = [Finding(part=part, what="driver", says=says)]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
@@ -155,6 +177,7 @@ def devices() -> list[Finding]:
 def attention(device: torch.device) -> list[Finding]:
     """Which back end packed rows would use, and why the faster ones are not taken."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    unfit = [backend.name for backend in backends.TABLE if device.type not in backend.devices]
     found = []
     for name, (heads, key_heads, dim) in HEADS.items():
         case = Case(device, dtype, heads, key_heads, dim, dim, False, None, False)
@@ -163,7 +186,11 @@ def attention(device: torch.device) -> list[Finding]:
             fault = backend.lacks(case) or backends.fault(backend, case)
             if fault is None:
                 slow = device.type == "cuda" and backend.choice in backends.SLOW
-                says = backend.name + (f" ({'; '.join(why)})" if why else "")
+                says = backend.name
+                if backend is not backends.REFERENCE:
+                    says += ": the fastest that reproduces the reference here"
+                why += [f"{', '.join(unfit)}: not for a {device.type.upper()}"] if unfit and not why else []
+                says += f" ({'; '.join(why)})" if why else ""
                 found.append(
                     Finding(
                         part="attention", what=f"heads of {name}", says=says, state="note" if slow else "fine"
@@ -193,9 +220,9 @@ def loss_head(device: torch.device) -> list[Finding]:
             found.append(Finding(part="loss head", what=backend, says=says, state="problem"))
             continue
         fine = error <= HEAD_LIMIT[dtype]
-        taken = (
-            " (auto takes this one)" if backend == ("triton" if device.type == "cuda" else "torch") else ""
-        )
+        taken = ""
+        if backend == ("triton" if device.type == "cuda" else "torch"):
+            taken = ": auto takes this one" + (" (triton and fused need a GPU)" if backend == "torch" else "")
         found.append(
             Finding(
                 part="loss head",
@@ -205,6 +232,22 @@ def loss_head(device: torch.device) -> list[Finding]:
             )
         )
     return found
+
+
+def engine(device: torch.device) -> list[Finding]:
+    """How the built-in engine would decode, and whether a vLLM program is at hand."""
+    if device.type == "cuda":
+        says = "pages read by a split-key Triton kernel, steps as CUDA graphs; each checked when a run first uses it"
+    else:
+        says = "dense caches, one pass a token: pages and CUDA graphs need a GPU"
+    found = shutil.which("vllm")
+    vllm = (
+        f"{found}: --engine.kind vllm --engine.executable {found}" if found else "no vllm program on the path"
+    )
+    return [
+        Finding(part="engine", what="built in", says=says),
+        Finding(part="engine", what="vLLM (optional)", says=vllm if device.type == "cuda" else "needs a GPU"),
+    ]
 
 
 def compiler(device: torch.device) -> list[Finding]:
@@ -217,20 +260,36 @@ def compiler(device: torch.device) -> list[Finding]:
 
 
 def room(device: torch.device, folder: Path) -> list[Finding]:
-    """Memory that a run may use, and disk where runs are kept."""
+    """Memory that is free, and disk where runs and downloaded models are kept."""
+    limit, free = available_bytes(torch.device("cpu")), _free_host_bytes()
+    says = f"{free / GIB:.1f} of {limit / GIB:.1f} GiB free" if free else f"{limit / GIB:.1f} GiB"
+    crowded = free is not None and free < LITTLE_MEMORY
+    found = [Finding(part="room", what="memory", says=says, state="note" if crowded else "fine")]
+    if device.type == "cuda":
+        says = f"{available_bytes(device) / GIB:.1f} GiB of {device} is what a run plans with"
+        found.append(Finding(part="room", what="memory of the GPU", says=says))
+    return [*found, _disk("disk", folder, written=True), _disk("disk for models", Path(HF_HUB_CACHE))]
+
+
+def _disk(what: str, folder: Path, *, written: bool = False) -> Finding:
+    """The room where `folder` is or would be made; `written`: nothing works where it may not be."""
     here = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
     free = shutil.disk_usage(here).free
     writable = os.access(here, os.W_OK)
     says = f"{free / GIB:.1f} GiB free at {here}" + ("" if writable else ", which may not be written")
-    return [
-        Finding(part="room", what="memory", says=f"{available_bytes(device) / GIB:.1f} GiB for a run"),
-        Finding(
-            part="room",
-            what="disk",
-            says=says,
-            state="problem" if not writable else ("note" if free < LITTLE_DISK else "fine"),
-        ),
-    ]
+    state = (
+        "problem" if written and not writable else "note" if free < LITTLE_DISK or not writable else "fine"
+    )
+    return Finding(part="room", what=what, says=says, state=state)
+
+
+def _free_host_bytes() -> int | None:
+    """Memory that processes could still have, None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 def _installed(name: str) -> str | None:

@@ -42,6 +42,7 @@ from grpo_fast.state import (
 from grpo_fast.summary import sample_rows, write_results
 from grpo_fast.task import Inputs, check_inputs, load
 from grpo_fast.trust.watch import Watch
+from grpo_fast.watch import follow
 
 
 def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
@@ -172,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _command(argv: list[str] | None) -> int:
     asked = parse(argv, TRAIN)
+    if asked.watch:
+        return follow(asked.watch)
     prepare_libraries(asked.config.threads)
     with job(resolve_device(asked.config)) as (world, end):
         config = fitted(asked.config)

@@ -28,6 +28,7 @@ from grpo_fast.run.command import prepare_libraries, run_command
 from grpo_fast.run.live import Run, run_to_the_end
 from grpo_fast.run.metrics import RunLogger
 from grpo_fast.state import Steps, restore, resumed_logger
+from grpo_fast.watch import follow
 
 
 def train_reward(config: RewardConfig, rated: Rated, run: Run) -> int:
@@ -105,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _command(argv: list[str] | None) -> int:
     asked = parse(argv, TRAIN_REWARD)
+    if asked.watch:
+        return follow(asked.watch)
     config = asked.config
     prepare_libraries(config.threads)
     device_named(config.device)

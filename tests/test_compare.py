@@ -6,6 +6,7 @@ import pytest
 
 from grpo_fast import compare
 from grpo_fast.report.compare_page import different_settings, outcomes, read_runs, render
+from grpo_fast.run.follow import note_ending
 
 
 def mean(value):
@@ -53,6 +54,8 @@ def test_a_run_that_goes_on_is_compared_as_far_as_it_is(tmp_path):
     runs = read_runs([run(tmp_path, "a"), run(tmp_path, "b", summary=False, steps=2)])
     found = dict(outcomes(runs))
     assert found["status"] == ["finished", "at step 2"] and found["safety, reward"][1] == "–"
+    note_ending(tmp_path / "b", ValueError("no"))
+    assert read_runs([tmp_path / "b"])[0].status == "failed at step 2"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -31,6 +31,32 @@ def test_the_table_names_everything(tmp_path, capsys):
         doctor.main(["--folder", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "loss head" in shown and tmp_path.name in "".join(shown.split())
+    assert shown.splitlines()[-1].startswith("a run can go well here")
+
+
+def test_the_verdict_names_what_is_to_be_mended():
+    found = [
+        doctor.Finding(part="a", what=state, says="", state=state) for state in ("fine", "note", "problem")
+    ]
+    assert doctor.verdict(found) == "to be mended before a run can go well: problem"
+    assert doctor.verdict(found[:2]).endswith("worth knowing: note")
+
+
+@pytest.mark.parametrize(
+    "driver, says", [(None, "no NVIDIA driver answers"), ("470.1", "driver 470.1 may be too old")]
+)
+def test_a_gpu_that_is_not_found_is_explained(monkeypatch, driver, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    found = doctor.devices()[0]
+    assert found.state == "note" and "built for CUDA 13.0" in found.says and says in found.says
+
+
+def test_free_memory_and_disk_are_told(tmp_path):
+    found = {finding.what: finding.says for finding in doctor.room(CPU, tmp_path)}
+    assert "GiB free at" in found["disk"] and "GiB free at" in found["disk for models"]
+    assert "GiB free" in found["memory"] or doctor._free_host_bytes() is None
 
 
 def test_a_kernel_that_computes_something_else_is_a_problem(monkeypatch):

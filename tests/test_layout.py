@@ -18,7 +18,7 @@ FLOORS = {
     2: "models engines memory",
     3: "scoring task rollout rollout_codec pipeline evaluate",
     4: "grpo constraint state snapshot summary",
-    5: "train fit plan generate train_reward reward_plan reward_task doctor compare",
+    5: "train fit plan generate train_reward reward_plan reward_task doctor compare watch",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()} | {"miniature": 4.5}
 

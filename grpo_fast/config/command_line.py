@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
+from grpo_fast.config.completion import completion
 from grpo_fast.config.flags import from_words, one_path, split, take_flag
 from grpo_fast.config.reward_settings import RewardConfig
 from grpo_fast.config.rules import FieldError
@@ -30,6 +31,8 @@ class Invocation(Generic[Config]):
     config: Config
     dry_run: bool
     resume: Path | None
+    watch: Path | None = None
+    """A run to be looked at: nothing is trained then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Command(Generic[Config]):
     """A command's settings and what is special about them."""
 
     module: str
+    program: str
+    """Name under which it is installed."""
     schema: Schema
     help: type
     """The configuration with the flags that are no settings, for `--help`."""
@@ -54,6 +59,10 @@ class _Special:
     """Load and check everything, print the plan, stop."""
     resume: str = ""
     """Folder of an interrupted run: go on from its last checkpoint with its settings."""
+    watch: str = ""
+    """Folder of a run, going on or over: show it live and train nothing."""
+    print_completion: Literal["", "bash", "zsh", "fish"] = ""
+    """Print what makes this shell complete the flags of the installed command, and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +98,7 @@ def _adapt_reward(chosen: dict[str, Any]) -> None:
 
 TRAIN: Command[TrainConfig] = Command(
     module="grpo_fast.train",
+    program="grpo-fast",
     schema=Schema(
         TrainConfig,
         elsewhere={
@@ -135,6 +145,7 @@ TRAIN: Command[TrainConfig] = Command(
 
 TRAIN_REWARD: Command[RewardConfig] = Command(
     module="grpo_fast.train_reward",
+    program="grpo-fast-reward",
     schema=Schema(
         RewardConfig,
         elsewhere={
@@ -161,7 +172,8 @@ TRAIN_REWARD: Command[RewardConfig] = Command(
 def parse(argv: Sequence[str] | None = None, command: Command[Config] = TRAIN) -> Invocation[Config]:
     """Reads the command line (`sys.argv` by default).
 
-    Raises `UserError` with one line for whatever cannot be used; `--help` prints and exits with code 0.
+    Raises `UserError` with one line for whatever cannot be used. `--help` and `--print-completion` print and exit with
+    code 0.
     """
     words_given = list(sys.argv[1:] if argv is None else argv)
     if "-h" in words_given or "--help" in words_given:
@@ -170,6 +182,12 @@ def parse(argv: Sequence[str] | None = None, command: Command[Config] = TRAIN) -
         tyro.cli(command.help, args=["--help"], prog=f"python -m {command.module}")
     flags = split(words_given, command.schema)
     special = {name: values for name, values in flags if name in SPECIAL}
+    if "print_completion" in special:
+        print(completion(command.program, command.help, " ".join(special["print_completion"])), end="")
+        sys.exit(0)
+    watch = one_path(special, "watch")
+    if watch and len(flags) > 1:
+        raise UserError(f"--watch {watch} stands alone: it shows a run and changes none of its settings")
     dry_run = convert(from_words(special.get("dry_run", ["false"]), bool), bool, "dry_run", COMMAND_LINE)
     resume = one_path(special, "resume")
     recipe = one_path(special, "config")
@@ -196,7 +214,7 @@ def parse(argv: Sequence[str] | None = None, command: Command[Config] = TRAIN) -
                 f"{', '.join(command.resumable)}"
             )
         take_flag(values, name, words, command.schema)
-    return Invocation(config=_build(values, command), dry_run=dry_run, resume=resume)
+    return Invocation(config=_build(values, command), dry_run=dry_run, resume=resume, watch=watch)
 
 
 def _build(values: dict[str, tuple[Any, str]], command: Command[Config]) -> Config:

@@ -5,16 +5,20 @@ Files and flags go through the same conversion, so that a mistake reads the same
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 import types
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from grpo_fast.config.rules import FieldError
 from grpo_fast.errors import did_you_mean
 
 COMMAND_LINE = "command line"
-SPECIAL = ("config", "dry_run", "resume")
+SPECIAL = ("config", "dry_run", "resume", "watch", "print_completion")
 """Flags that are no settings."""
 
 
@@ -29,7 +33,7 @@ class Schema:
     @cached_property
     def kinds(self) -> dict[str, Any]:
         """Dotted field name -> its type, sections excluded."""
-        return _field_kinds(self.config)
+        return field_kinds(self.config)
 
     @cached_property
     def sections(self) -> set[str]:
@@ -47,11 +51,35 @@ class Schema:
         return f"; did you mean {usual}?" if usual else did_you_mean(name, [*self.kinds, *SPECIAL])
 
 
-def _field_kinds(section: Any, prefix: str = "") -> dict[str, Any]:
+def field_kinds(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every field of a dataclass and of those within it."""
     kinds: dict[str, Any] = {}
     for name, kind in get_type_hints(section).items():
-        kinds |= _field_kinds(kind, f"{prefix}{name}.") if is_dataclass(kind) else {prefix + name: kind}
+        kinds |= field_kinds(kind, f"{prefix}{name}.") if is_dataclass(kind) else {prefix + name: kind}
     return kinds
+
+
+def field_help(section: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> the docstring under the field, of every field that `field_kinds` has."""
+    lines: dict[str, str] = {}
+    owners = [owner for owner in reversed(section.__mro__) if "__dataclass_fields__" in vars(owner)]
+    for owner in owners:
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        for node, below in pairwise(body.body if isinstance(body, ast.ClassDef) else ()):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                lines[node.target.id] = inspect.cleandoc(str(below.value.value))
+    found: dict[str, str] = {}
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind):
+            found |= field_help(kind, f"{prefix}{name}.")
+        elif name in lines:
+            found[prefix + name] = lines[name]
+    return found
 
 
 def convert(value: Any, kind: Any, name: str, source: str) -> Any:
@@ -61,7 +89,7 @@ def convert(value: Any, kind: Any, name: str, source: str) -> Any:
         got = (
             " ".join(map(str, value)) or "nothing" if source == COMMAND_LINE and value == [] else repr(value)
         )
-        raise FieldError(name, f"must be {_described(kind)}, got {got}".replace("\n", " "), source)
+        raise FieldError(name, f"must be {described(kind)}, got {got}".replace("\n", " "), source)
     return converted
 
 
@@ -99,10 +127,11 @@ def _fit(value: Any, kind: Any) -> Any:
     return value if type(value) is kind else _MISFIT
 
 
-def _described(kind: Any) -> str:
+def described(kind: Any) -> str:
+    """A field's type in words."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _described(inner[0])
+        return described(inner[0])
     if origin is Literal:
         return f"one of {', '.join(inner)}"
     if origin is tuple:

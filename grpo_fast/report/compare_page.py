@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Any
 from grpo_fast.errors import UserError
 from grpo_fast.report.charts import Series, line_chart
 from grpo_fast.report.template import is_number, page_template
-from grpo_fast.run.metrics import PHASES, read_rows, read_summary
+from grpo_fast.run.follow import check_run_folder, standing
+from grpo_fast.run.metrics import read_rows, read_summary
+from grpo_fast.run.progress import PHASES
 
 UNTOLD = ("name", "output_dir")  # settings that differ between any two runs
 CURVES = (
@@ -35,12 +38,14 @@ class RunFiles:
     """Of the last phase"""
     summary: Mapping[str, Any]
     """Empty where the run has written none"""
+    ended: str = ""
+    """failed or stopped, where that is known of a run without a summary"""
 
     @property
     def status(self) -> str:
         """finished, interrupted, or how far a run without a summary has come."""
         steps = self.rows[-1]["step"] if self.rows else 0
-        return str(self.summary.get("status") or f"at step {steps}")
+        return str(self.summary.get("status") or f"{self.ended} at step {steps}".strip())
 
     @property
     def objectives(self) -> list[str]:
@@ -57,16 +62,23 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
         raise UserError("a run is named twice: compare different ones")
     for folder in folders:
         config = folder / "config.toml"
-        if not config.is_file():
-            found = "no config.toml" if folder.is_dir() else ("a file" if folder.exists() else "nothing")
-            raise UserError(f"{folder}: expected the folder of a run, found {found}")
+        check_run_folder(folder)
         try:
             settings = _flat(tomllib.loads(config.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{config} is not valid TOML: {error}") from None
         rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get("phase") == PHASES[-1]]
         name = folder.name if folder.name not in {run.name for run in runs} else str(folder)
-        runs.append(RunFiles(name=name, settings=settings, rows=rows, summary=read_summary(folder) or {}))
+        how = standing(folder, patience_s=math.inf)
+        runs.append(
+            RunFiles(
+                name=name,
+                settings=settings,
+                rows=rows,
+                summary=read_summary(folder) or {},
+                ended=how.state if how.over else "",
+            )
+        )
     return runs
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from grpo_fast.errors import Stopped
 from grpo_fast.parallel.world import ALONE, World
+from grpo_fast.run.follow import note_ending
 from grpo_fast.run.metrics import RunLogger, peak_memory_gib, read_rows
 from grpo_fast.run.progress import Progress
 from grpo_fast.run.silent import SilentLogger
@@ -36,6 +37,8 @@ def run_to_the_end(
         try:
             return body(run)
         except Stopped:
+            if world.is_first:
+                note_ending(run.path)
             run.progress.message(f"stopped; go on with: python -m {module} --resume {run.path}")
             return 130
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from grpo_fast.errors import UserError
+from grpo_fast.run.follow import ENDING, note_ending
+from grpo_fast.run.progress import PHASES
 
-PHASES = ("warm_start", "reward_model", "grpo")  # in the order a run goes through them
 _CLOCK_KEYS = ("time_s", "tokens_per_s", "memory_gib")
 
 
@@ -111,7 +112,8 @@ class RunLogger:
         def rewind() -> None:
             for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
                 write_atomically(path / name, "".join(map(_json_line, rows)))
-            (path / "summary.json").unlink(missing_ok=True)
+            for ended in ("summary.json", ENDING):
+                (path / ended).unlink(missing_ok=True)
             if config_toml is not None:
                 write_atomically(path / "config.toml", config_toml)
 
@@ -128,7 +130,9 @@ class RunLogger:
     def __enter__(self) -> "RunLogger":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if error is not None and not self._rewind:  # a resume that is refused changes nothing
+            note_ending(self.path, error)
         self.close(failed=kind is not None)
 
     def close(self, *, failed: bool = False) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -14,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+PHASES = ("warm_start", "reward_model", "grpo")  # in the order a run goes through them
 PHASE_TITLES = {"warm_start": "warm start", "reward_model": "reward model", "grpo": "GRPO"}
 COLOURS = ["cyan", "magenta", "green", "yellow", "blue", "red"]  # of the objectives, in their order
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -93,7 +95,7 @@ class Progress:
 
     def sample(self, prompt: str, completion: str) -> None:
         """Let the live display show this completion; plain output leaves it out."""
-        self._sample = plain_text(prompt, one_line=True), plain_text(completion, one_line=True)
+        self._sample = prompt, completion
         self._redraw()
 
     def _left(self) -> str:
@@ -133,52 +135,93 @@ class Progress:
             self._live.update(self._panel(), refresh=True)
 
     def _panel(self) -> Panel:
-        head = Table.grid(expand=True, padding=(0, 1))
-        head.add_column(no_wrap=True)
-        head.add_column(ratio=1)
-        head.add_column(no_wrap=True, justify="right")
-        head.add_row(
-            Text(f"step {self._step}/{self._total}", style="bold"),
-            ProgressBar(
-                total=max(self._total, 1),
-                completed=self._step,
-                style="grey30",
-                complete_style="cyan",
-                finished_style="green",
-            ),
-            Text(f"{self._left()} left", style="dim"),
-        )
-        parts: list[Any] = [head]
-        shown = [name for name in self.objectives if self._history.get(f"reward/{name}")]
-        if shown:
-            table = Table.grid(padding=(0, 2), expand=True)
-            for justify in ("left", "right", "right"):
-                table.add_column(justify=justify, no_wrap=True)
-            table.add_column(ratio=1, no_wrap=True, overflow="crop")
-            table.add_row(*[Text(title, style="dim") for title in ("objective", "reward", "since start", "")])
-            width = max(8, self.console.width - max(map(len, shown)) - 32)
-            for name in shown:
-                values, change = self._history[f"reward/{name}"], self._change(f"reward/{name}")
-                colour = COLOURS[self.objectives.index(name) % len(COLOURS)]
-                style = "green" if change > 0 else "red" if change < 0 else "dim"
-                table.add_row(
-                    Text(name, style=colour),
-                    Text(f"{values[-1]:.3f}", style="bold"),
-                    Text(f"{change:+.3f}", style=style),
-                    Text(sparkline(values, width), style=colour),
-                )
-            parts += [Text(), table]
+        parts: list[Any] = [heading(self._step, self._total, self._left())]
+        curves = {name: self._history.get(f"reward/{name}", []) for name in self.objectives}
+        if any(curves.values()):
+            parts += [Text(), curve_table(curves, self.console.width)]
         if numbers := self._numbers():
-            line = Text()
-            for label, value in numbers:
-                line.append(f"{label} ", style="dim").append(f"{value}   ")
-            parts += [Text(), line]
+            parts += [Text(), number_line(numbers)]
         if self._sample:
-            parts.append(Text())
-            for mark, text in zip("›‹", self._sample, strict=True):
-                parts.append(Text(f"{mark} {text}", style="dim", no_wrap=True, overflow="ellipsis"))
-        title = Text(PHASE_TITLES.get(self._phase, self._phase) or "starting", style="bold")
-        return Panel(Group(*parts), title=title, title_align="left", border_style="grey42", padding=(0, 1))
+            parts += [Text(), *sample_lines(*self._sample)]
+        return framed(PHASE_TITLES.get(self._phase, self._phase) or "starting", parts)
+
+
+def framed(title: str, parts: Sequence[Any]) -> Panel:
+    """The parts below one another, in a frame."""
+    shown = Text(plain_text(title, one_line=True), style="bold")
+    return Panel(Group(*parts), title=shown, title_align="left", border_style="grey42", padding=(0, 1))
+
+
+def heading(step: int, total: int, left: str) -> Table:
+    """How far a phase is: step, a bar where `total` is known (above 0), the time left."""
+    head = Table.grid(expand=True, padding=(0, 1))
+    head.add_column(no_wrap=True)
+    head.add_column(ratio=1)
+    head.add_column(no_wrap=True, justify="right")
+    bar = ProgressBar(
+        total=max(total, 1),
+        completed=step if total else 0,
+        style="grey30",
+        complete_style="cyan",
+        finished_style="green",
+    )
+    head.add_row(
+        Text(f"step {step}/{total}" if total else f"step {step}", style="bold"),
+        bar,
+        Text(f"{left} left", style="dim"),
+    )
+    return head
+
+
+def curve_table(
+    curves: Mapping[str, Sequence[float]], width: int, *, title: str = "reward", better: int = 1
+) -> Table:
+    """Name, last value, change since the first and a sparkline of every curve that has values.
+
+    `width`: columns of the terminal; `better` -1: lower is better.
+    """
+    columns = 4 if width >= 48 else 2
+    longest = max(4, width - (42 if columns == 4 else 16))
+    shown = {_cut(plain_text(name, one_line=True), longest): v for name, v in curves.items() if v}
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(no_wrap=True)
+    for _ in range(min(columns - 1, 2)):
+        table.add_column(justify="right", no_wrap=True)
+    if columns == 4:
+        table.add_column(ratio=1, no_wrap=True, overflow="crop")
+    table.add_row(*[Text(head, style="dim") for head in ("objective", title, "since start", "")[:columns]])
+    room = max(8, width - max(map(len, shown), default=0) - 32)
+    for index, (name, values) in enumerate(shown.items()):
+        change = values[-1] - values[0]
+        colour = COLOURS[index % len(COLOURS)]
+        cells = (
+            Text(name, style=colour),
+            Text(f"{values[-1]:.3f}", style="bold"),
+            Text(f"{change:+.3f}", style="green" if change * better > 0 else "red" if change else "dim"),
+            Text(sparkline(values, room), style=colour),
+        )
+        table.add_row(*cells[:columns])
+    return table
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def number_line(numbers: Sequence[tuple[str, str]]) -> Columns:
+    """(label, value) pairs beside one another, as many as a line has room for."""
+    pairs = [
+        Text.assemble((f"{label} ", "dim"), value, no_wrap=True, overflow="crop") for label, value in numbers
+    ]
+    return Columns(pairs, padding=(0, 3))
+
+
+def sample_lines(prompt: str, completion: str) -> list[Text]:
+    """A prompt and its completion, a line each, whatever is in them."""
+    return [
+        Text(f"{mark} {plain_text(text, one_line=True)}", style="dim", no_wrap=True, overflow="ellipsis")
+        for mark, text in zip("›‹", (prompt, completion), strict=True)
+    ]
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
