@@ -1,10 +1,10 @@
 """Runs that are killed at random moments, and what they come to: `python -m tests.endurance.kills [--kills 20]`.
 
 Each is killed by SIGKILL, resumed, and compared with a run that was never disturbed: metrics without clocks and the
-final weights must be the same to the bit, and no more steps may be lost than lie between two checkpoints (and those that
-were taken while the last one was written). Kinds of run take turns: everything trained, an adapter, 8-bit states, a
-batch generated ahead, the miniature from its warm start on. Every third kill happens inside a save on a slow disk;
-every fifth run finds its disk full first, and is killed after that.
+final weights must be the same to the bit, and no more steps may be lost than lie between two checkpoints (and those
+that were taken while the last one was written). Kinds of run take turns: everything trained, an adapter, 8-bit states,
+a batch generated ahead, the miniature from its warm start on. Of five kills one happens inside a save on a slow disk,
+and one in a run that found its disk full before.
 """
 
 from __future__ import annotations
@@ -102,7 +102,18 @@ def allowed(outcome: Outcome) -> int:
     return INTERVAL * (2 if outcome.saving else 1)
 
 
-def kills(folder: Path, count: int, seed: int, kinds: list[str], console: Console) -> list[Outcome]:
+MOMENTS = ("at random", "at random", "inside a save", "at random", "after a full disk")
+
+
+def kills(
+    folder: Path,
+    count: int,
+    seed: int,
+    kinds: list[str],
+    console: Console,
+    *,
+    moments: tuple[str, ...] = MOMENTS,
+) -> list[Outcome]:
     """`count` runs, one after the other."""
     (folder / "killed_rewards.py").write_text(REWARDS)
     save_policy(folder / "llama", "llama")
@@ -119,9 +130,8 @@ def kills(folder: Path, count: int, seed: int, kinds: list[str], console: Consol
             process = start(folder, kind, run.name)
             assert process.wait(LIMIT_S) == 0, said(folder, run)
             straight[kind] = run, time.monotonic() - started
-        moment = (
-            "after a full disk" if number % 5 == 4 else "inside a save" if number % 3 == 2 else "at random"
-        )
+        # another one for each kind in turn
+        moment = moments[(number + number // len(moments)) % len(moments)]
         outcome = killed(folder, kind, moment, number, straight[kind], draw)
         outcomes.append(outcome)
         console.print(
