@@ -6,6 +6,7 @@ with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from grpo_fast.attention.backends import use
@@ -16,7 +17,7 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
 from grpo_fast.data.queue import PromptQueue
-from grpo_fast.engines.choose import engine_of
+from grpo_fast.engines.choose import engine_of, generating
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.fit import fitted
 from grpo_fast.grpo import update
@@ -53,13 +54,16 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     use(config.policy.attention)
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
-    engine = run.closing(engine_of(config, policy, run.path, decode=task.decode, tell=run.progress.message))
+    world = replace(run.world, generating=generating(config))
+    engine = run.closing(
+        engine_of(config, policy, run.path, decode=task.decode, tell=run.progress.message, world=world)
+    )
     policy.activations_on_host = config.memory.activations_on_host
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
     reference = policy.frozen_copy() if needs_copy else None
     for model in (policy, reference):
         if model is not None:
-            model.shard(run.world, head_by_vocabulary=config.parallel.head == "vocabulary")
+            model.shard(world, head_by_vocabulary=config.parallel.head == "vocabulary")
     optimizer = Optimizer(
         policy.trainable_parameters(),
         lr=config.optim.lr,

@@ -235,7 +235,7 @@ def test_an_interrupt_while_saving_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_killed_process_leaves_a_hidden_folder_that_the_next_save_removes(tmp_path):
     script = (
         "import os, sys, torch\nfrom grpo_fast.run import checkpoint\n"
-        "checkpoint._fsync_folder = lambda path: os._exit(9)\n"
+        "checkpoint.fsync_folder = lambda path: os._exit(9)\n"
         "checkpoint.save(sys.argv[1], 1, {'model': {'w': torch.ones(3)}}, {})\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode == 9

@@ -215,7 +215,7 @@ def test_micro_batches_are_dealt_out_evenly():
 
     for budget in (16, 60, 10_000):
         for size in (1, 2, 3, 4, 16):
-            shares = [dealt(pack_to, budget, World(rank, size)) for rank in range(size)]
+            shares = [dealt(pack_to, budget, World(rank, size, size)) for rank in range(size)]
             assert len({len(share) for share in shares}) == 1
             counted = [batch for share in shares for batch in share if batch.counts]
             places = sorted(place for batch in counted for place in batch.sequence_index.tolist())

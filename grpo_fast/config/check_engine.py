@@ -56,7 +56,8 @@ def check_engine(engine: EngineSettings) -> None:
             raise FieldError(
                 f"engine.{name}", "needs engine.executable: the server at engine.url is as it is"
             )
-    _check_url(engine)
+    for url in engine.url.split(","):
+        _check_url(url.strip(), engine)
 
 
 def _check_started(engine: EngineSettings) -> None:
@@ -72,9 +73,9 @@ def _check_started(engine: EngineSettings) -> None:
             raise FieldError("engine.options", f"must not set {name}: grpo_fast sets it itself")
 
 
-def _check_url(engine: EngineSettings) -> None:
+def _check_url(url: str, engine: EngineSettings) -> None:
     try:
-        parts = urlsplit(engine.url)
+        parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
         raise FieldError("engine.url", "must be as http://127.0.0.1:8000") from None
@@ -84,7 +85,7 @@ def _check_url(engine: EngineSettings) -> None:
             "must have no user, query or fragment; name the key's variable in engine.api_key_env",
         )
     if parts.scheme not in ("http", "https") or not host:
-        raise FieldError("engine.url", f"must be as http://127.0.0.1:8000, got {engine.url!r}")
+        raise FieldError("engine.url", f"must be as http://127.0.0.1:8000, got {url!r}")
     if parts.path not in ("", "/"):
         raise FieldError("engine.url", f"must be the server's root, without {parts.path}")
     if not is_loopback(host):

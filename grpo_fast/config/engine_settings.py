@@ -27,7 +27,7 @@ class EngineSettings:
     merge_copies: Literal["device", "host"] = "device"
     """Where those copies of the adapted layers' weights are; host: no device memory, but two transfers a rollout."""
     url: str = ""
-    """vllm: a server that is running, http://127.0.0.1:8000; empty: engine.executable is started."""
+    """vllm: a running server, http://127.0.0.1:8000, of several processes several (a,b); empty: engine.executable."""
     executable: str = ""
     """vllm: the vllm program of an environment of its own; it is started, and stopped at the end of the run."""
     options: tuple[str, ...] = ()

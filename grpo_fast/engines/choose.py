@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,21 +18,28 @@ from grpo_fast.engines.faults import EngineError
 from grpo_fast.engines.guard import Guard
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.engines.plain import PlainEngine
+from grpo_fast.engines.relay import Relay
 from grpo_fast.engines.rows import FewerRows
 from grpo_fast.engines.separate import SeparateEngine
 from grpo_fast.engines.stops import Decode
 from grpo_fast.errors import UserError
 from grpo_fast.models.head import head_of
 from grpo_fast.models.policy import Policy
-from grpo_fast.parallel.world import world_size
+from grpo_fast.parallel.world import ALONE, World, world_size
 
 if TYPE_CHECKING:
     from grpo_fast.engines.vllm import VllmEngine
 
 
 def engine_of(
-    config: TrainConfig, policy: Policy, folder: Path, *, decode: Decode, tell: Callable[[str], None]
-) -> Guard:
+    config: TrainConfig,
+    policy: Policy,
+    folder: Path,
+    *,
+    decode: Decode,
+    tell: Callable[[str], None],
+    world: World = ALONE,
+) -> Guard | Relay:
     """The engine the settings ask for, guarded. The log of a server that is started goes into `folder`.
 
     `decode` turns token ids into text, for stop strings; `tell` is given what the user should know, a line at a time.
@@ -40,10 +48,9 @@ def engine_of(
     """
     engine: RolloutEngine
     if config.engine.kind == "vllm":
-        try:
-            engine = _vllm(config, policy, folder)
-        except EngineError as error:
-            raise UserError(f"engine: {error}") from None
+        if world.size > 1:
+            return _relay(config, policy, folder, world)
+        engine = _vllm(config, policy, folder, config.engine.url)
     else:
         engine = FewerRows(
             builtin_engine(
@@ -51,7 +58,7 @@ def engine_of(
                 max_rows=config.rollout.max_rows,
                 settings=config.engine,
                 decode=decode,
-                separate=config.rollout.ahead or world_size() > 1,
+                separate=config.rollout.ahead or world.size > 1,
             ),
             tell=tell,
         )
@@ -61,6 +68,32 @@ def engine_of(
         retries=0 if config.rollout.ahead else config.engine.retries,
         weights=policy.named_weights,
     )
+
+
+def _relay(config: TrainConfig, policy: Policy, folder: Path, world: World) -> Relay:
+    """The engine of one of several processes, of which the first ones have a server each."""
+    urls = servers(config)
+    relay = Relay(world, policy.device)
+    vocabulary = head_of(policy.model).weight.shape[0]
+
+    def serve() -> None:
+        if world.rank < len(urls):
+            engine = _vllm(config, policy, folder, urls[world.rank])
+            retries = 0 if config.rollout.ahead else config.engine.retries
+            relay.serve(Guard(engine, vocabulary=vocabulary, retries=retries, weights=relay.held))
+
+    world.agreed(serve)
+    return relay
+
+
+def servers(config: TrainConfig) -> list[str]:
+    """The addresses of the servers there are; one empty one stands for a server that is started."""
+    return [url.strip() for url in config.engine.url.split(",")]
+
+
+def generating(config: TrainConfig) -> int:
+    """How many processes generate: all, or those with a vLLM server."""
+    return world_size() if config.engine.kind == "local" else min(world_size(), len(servers(config)))
 
 
 def builtin_engine(
@@ -113,19 +146,26 @@ def check_engine(config: TrainConfig) -> None:
     if settings.executable:
         vllm_server.find_program(settings.executable)
         return
-    client = vllm_client.VllmClient(settings.url, key=_key(config), timeout_s=min(settings.timeout_s, 30.0))
-    try:
-        vllm.check_version(client)
-    except EngineError as error:
-        raise UserError(f"engine {client.url}{error}; is it up?") from None
-    finally:
-        client.close()
+    urls = servers(config)
+    if len(urls) > world_size():
+        raise UserError(
+            f"engine.url names {len(urls)} servers, but there {'are' if world_size() > 1 else 'is'} {world_size()} "
+            f"process{'es' * (world_size() > 1)}: each uses one at the most"
+        )
+    for url in urls:
+        client = vllm_client.VllmClient(url, key=_key(config), timeout_s=min(settings.timeout_s, 30.0))
+        try:
+            vllm.check_version(client)
+        except EngineError as error:
+            raise UserError(f"engine {client.url}{error}; is it up?") from None
+        finally:
+            client.close()
 
 
-def _vllm(config: TrainConfig, policy: Policy, folder: Path) -> VllmEngine:
+def _vllm(config: TrainConfig, policy: Policy, folder: Path, url: str) -> VllmEngine:
     from grpo_fast.engines import vllm, vllm_server, vllm_weights  # an HTTP client is needed here alone
 
-    settings, rollout = config.engine, config.rollout
+    settings, rollout = replace(config.engine, url=url), config.rollout
     transfer = vllm_weights.transfer_of(settings, policy.device)
     server = None
     if settings.executable:
@@ -139,7 +179,10 @@ def _vllm(config: TrainConfig, policy: Policy, folder: Path) -> VllmEngine:
             devices=settings.devices or _visible(policy.device),
         )
         server = vllm_server.VllmServer(settings, serving, folder / "vllm.log")
-    return vllm.VllmEngine(settings, transfer, server=server, key=_key(config), max_rows=rollout.max_rows)
+    try:
+        return vllm.VllmEngine(settings, transfer, server=server, key=_key(config), max_rows=rollout.max_rows)
+    except EngineError as error:
+        raise UserError(f"engine: {error}") from None
 
 
 def _longest(config: TrainConfig, policy: Policy) -> int:

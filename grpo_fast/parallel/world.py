@@ -36,6 +36,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    generating: int = 1
+    """The first so many of them generate completions"""
     _control: dist.ProcessGroup | None = field(default=None, repr=False)
     _aside: dist.ProcessGroup | None = field(default=None, repr=False)
     saving: dist.ProcessGroup | None = field(default=None, repr=False)
@@ -115,8 +117,11 @@ class World:
         return [each[1:] for each in answers]
 
     def share(self, count: int) -> range:
-        """Which of `count` things are this rank's: a stretch, as long as the others' or one longer."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        """Which of `count` prompts are this rank's to answer: a stretch, as long as the others' or one longer."""
+        first, after = (
+            min(rank, self.generating) * count // self.generating for rank in (self.rank, self.rank + 1)
+        )
+        return range(first, after)
 
 
 ALONE = World()
@@ -154,7 +159,7 @@ def join(device: torch.device) -> World:
             f"the {size} processes of the job did not meet: {what[:300]}; start them with torchrun"
         ) from None
     groups: list[Any] = [dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT) for _ in range(3)]
-    return World(dist.get_rank(), size, *groups)
+    return World(dist.get_rank(), size, size, *groups)
 
 
 def _number(name: str, default: int) -> int:
