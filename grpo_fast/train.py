@@ -53,6 +53,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     use(config.policy.attention)
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
+    if inputs.functions:
+        run.closing(inputs.functions).attend(run.path if run.world.is_first else None, run.progress.message)
     engine = run.closing(engine_of(config, policy, run.path, decode=task.decode, tell=run.progress.message))
     policy.activations_on_host = config.memory.activations_on_host
     needs_copy = loss_config(config).kl_coef != 0 and not policy.is_lora
