@@ -61,12 +61,17 @@ class RewardFunctions:
         self._timeout_s, self._workers = timeout_s, workers
         self._searches, self._forgives = isolation == "process", on_failure == "missing"
         self._runners: list[Worker | InThread] = []
-        for spec in specs:
-            if isolation == "thread":
-                self._runners.append(InThread(spec))
-            else:
-                self._runners.append(Worker(spec, timeout_s=timeout_s, memory_limit_gib=memory_limit_gib))
-        self._keywords = [runner.ready() for runner in self._runners]
+        try:
+            for spec in specs:
+                if isolation == "thread":
+                    self._runners.append(InThread(spec))
+                else:
+                    worker = Worker(spec, timeout_s=timeout_s, memory_limit_gib=memory_limit_gib)
+                    self._runners.append(worker)
+            self._keywords = [runner.ready() for runner in self._runners]
+        except BaseException:
+            self.close()
+            raise
         self._names_of: list[list[str] | None] = [None] * len(specs)
         self._lost = [0] * len(specs)
         self._failures = [0] * len(specs)

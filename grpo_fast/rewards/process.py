@@ -40,6 +40,7 @@ START_TRIES = 3
 """How often a worker that has run before is started again, with a pause that doubles."""
 LARGEST_ANSWER = 1 << 26  # bytes
 LARGEST_LOG = 1 << 20  # bytes
+_NO_ANSWER = "sent what is no answer: it must leave the worker's pipes alone"
 _PROGRAM = (
     "import json, sys; path, *rest = json.loads(sys.argv[1]); sys.path[:] = path\n"
     "from grpo_fast.rewards.worker import main; main(*rest)"
@@ -86,7 +87,7 @@ class Worker:
             late = f"took longer than {part}reward.timeout_s = {self._timeout_s:g} s"
             answer = self._exchange(request, limit_s, late)
         if "problem" in answer:
-            problem = str(answer["problem"])
+            problem = _readable(str(answer["problem"]).encode(errors="backslashreplace"))
             if problem.startswith("raised MemoryError") and self._memory_gib:
                 problem += f" (reward.memory_limit_gib = {self._memory_gib:g})"
             raise FunctionError(problem, row=answer.get("names_row") is True, printed=self.output.last())
@@ -127,8 +128,12 @@ class Worker:
         hello = self._exchange(None, limit, f"took longer than {limit:g} s")
         if "refused" in hello:
             self._process.end()
-            raise UserError(str(hello["refused"]))
-        return Keywords(bool(hello["every"]), list(hello["taken"]), list(hello["needed"]))
+            raise UserError(_readable(str(hello["refused"]).encode(errors="backslashreplace")))
+        taken, needed = hello.get("taken"), hello.get("needed")
+        if not isinstance(taken, list) or not isinstance(needed, list):
+            self._process.end()
+            raise FunctionError(_NO_ANSWER)
+        return Keywords(hello.get("every") is True, taken, needed)
 
     def _exchange(self, request: dict[str, Any] | None, limit_s: float, late: str) -> dict[str, Any]:
         """The answer to a request (None: to the start); ends the process unless there is one."""
@@ -139,14 +144,15 @@ class Worker:
             found = _converse(process, unsent, time.monotonic() + limit_s, self.output)
             if found is not None:
                 answer = json.loads(found)
-                if isinstance(answer, dict):
-                    return answer
+                if not isinstance(answer, dict):
+                    raise ValueError("no object")
+                return answer
         except TimeoutError:
             process.end()
             raise FunctionError(late, printed=self.output.last()) from None
         except (ValueError, RecursionError):
             process.end()
-            raise FunctionError("sent what is no answer: it must leave the worker's pipes alone") from None
+            raise FunctionError(_NO_ANSWER) from None
         except BaseException:  # Ctrl-C: what is still to come would be taken for the next answer
             process.end()
             raise
@@ -310,7 +316,7 @@ class Output:
 
     def _write(self, data: bytes) -> None:
         if self._path is None:
-            self._early = (self._early + data)[-LARGEST_LOG:]
+            self._early = (self._early + data)[:LARGEST_LOG]
         elif data and self._written < LARGEST_LOG:
             text = _readable(data)[: LARGEST_LOG - self._written]
             self._written += len(data)
@@ -372,7 +378,7 @@ def _checked(scores: Any, count: int, known: Sequence[str] | None) -> dict[str, 
         found = {name: column for name, column in columns.items() if column is not None}
         if len(found) == len(scores):
             return found
-    raise FunctionError("sent what is no answer: it must leave the worker's pipes alone")
+    raise FunctionError(_NO_ANSWER)
 
 
 def _numbers(column: Any, count: int) -> list[float] | None:
