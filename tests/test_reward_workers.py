@@ -94,7 +94,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def functions(*names: str, **options: Any) -> Iterator[RewardFunctions]:
-    made = RewardFunctions([f"odd_rewards:{name}" for name in names], **({"timeout_s": 20.0} | options))
+    given: dict[str, Any] = {"timeout_s": 20.0}
+    made = RewardFunctions([f"odd_rewards:{name}" for name in names], **(given | options))
     try:
         made.probe([])
         yield made

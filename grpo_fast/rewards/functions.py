@@ -30,7 +30,7 @@ from grpo_fast.data.records import one_line
 from grpo_fast.errors import UserError, did_you_mean
 from grpo_fast.rewards.overlong import OVERLONG
 from grpo_fast.rewards.process import Worker, log_name
-from grpo_fast.rewards.search import failing_rows
+from grpo_fast.rewards.search import Found, failing_rows
 from grpo_fast.rewards.thread import InThread
 from grpo_fast.rewards.user_function import FunctionError
 
@@ -168,9 +168,11 @@ class RewardFunctions:
         except FunctionError as error:
             first = error
         # while the functions are tried, a failure is plain
-        if known is None or not self._searches or (first.names_row and not self._forgives):
+        if known is None or not self._searches:
             raise UserError(self._line(place, first)) from first
-        found = failing_rows(attempt, count, limit_s=self._timeout_s, first_only=not self._forgives)
+        found = Found()
+        if self._forgives or not first.names_row:
+            found = failing_rows(attempt, count, limit_s=self._timeout_s, first_only=not self._forgives)
         if found.rows and not self._forgives:
             row, problem = next(iter(found.rows.items()))
             raise UserError(self._line(place, problem, f"on completion {row} of {count}", prompts[row]))
@@ -188,7 +190,9 @@ class RewardFunctions:
             except FunctionError as error:
                 problem, kept = error, []
         if not kept and not self._forgives:
-            raise UserError(self._line(place, problem, "(on no completion alone)"))
+            raise UserError(
+                self._line(place, problem, "" if problem.names_row else "(on no completion alone)")
+            )
         self._account(place, problem, count - len(kept), count)
         return scores
 
