@@ -181,7 +181,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def after_step(act: Callable[[int], None]) -> Iterator[None]:
+def after_step(act: Callable[[int], object]) -> Iterator[None]:
     """Calls `act` with the steps taken, after each of them."""
     log = Run.step
 
@@ -197,7 +197,7 @@ def once(
     bench: Bench,
     names: Sequence[str],
     flags: Sequence[str],
-    inject: Callable[[str], None],
+    inject: Callable[[str], object],
     *,
     straight: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
@@ -227,7 +227,7 @@ def once(
 
 
 def for_ever(
-    bench: Bench, flags: Sequence[str], inject: Callable[[], None], mend: Callable[[], None]
+    bench: Bench, flags: Sequence[str], inject: Callable[[], object], mend: Callable[[], object]
 ) -> dict[str, Any]:
     """A run that is broken for ever after BREAK_AT steps, mended and resumed: what came of it."""
     begun = [0.0]
@@ -300,7 +300,7 @@ def function_faults(bench: Bench, names: Sequence[str], *, lasting: bool = True)
         return bench.flags(*own.split(), *more, steps=steps)
 
     given = flags(steps=len(names) + 1)
-    found = once(bench, names, given, lambda name: fault.write_text(f"once:{name}") and None, straight=given)
+    found = once(bench, names, given, lambda name: fault.write_text(f"once:{name}"), straight=given)
     result = {name: {"once": found[name]} for name in names}
     fault.unlink(missing_ok=True)
     if not lasting:
@@ -309,17 +309,15 @@ def function_faults(bench: Bench, names: Sequence[str], *, lasting: bool = True)
         result[name]["for ever"] = for_ever(
             bench,
             flags(steps=4),
-            lambda name=name: fault.write_text(f"always:{name}") and None,
+            lambda name=name: fault.write_text(f"always:{name}"),
             lambda: fault.unlink(missing_ok=True),
         )
     # the undisturbed one returns None where the others fail, after the first step as they do
     forgiving = flags("--reward.on-failure", "missing", steps=len(names) + 1)
-    with after_step(lambda number: fault.write_text("none:") and None):
+    with after_step(lambda number: fault.write_text("none:")):
         bench.straight(*forgiving)
     fault.unlink()
-    missing = once(
-        bench, names, forgiving, lambda name: fault.write_text(f"some:{name}") and None, straight=forgiving
-    )
+    missing = once(bench, names, forgiving, lambda name: fault.write_text(f"some:{name}"), straight=forgiving)
     fault.unlink(missing_ok=True)
     for name in names:
         result[name]["missing"] = missing[name]
