@@ -13,6 +13,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import shutil
 import sys
 import tempfile
 import time
@@ -53,71 +55,8 @@ ENGINE: dict[str, tuple[str, Fault]] = {
     "pause refused": ("/pause", Fault(status=500)),
 }
 
-REWARDS = r"""
-import ctypes, os, signal, subprocess, sys, threading, time
-from pathlib import Path
-FAULT = Path(__file__).with_name("fault")
-
-
-class Odd(Exception):
-    def __str__(self): raise RuntimeError("no text either")
-
-
-def recurse(): return recurse()
-
-
-def misbehave(kind, scores):
-    if kind == "raises": raise ValueError("gone\n\x1b[31m")
-    if kind == "raises without a text": raise Odd
-    if kind == "raises KeyboardInterrupt": raise KeyboardInterrupt
-    if kind == "recurses": recurse()
-    if kind == "leaves": sys.exit(3)
-    if kind == "exits": os._exit(0)
-    if kind == "segfaults": ctypes.string_at(0)
-    if kind == "aborts": os.abort()
-    if kind == "is killed": os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "is terminated": os.kill(os.getpid(), signal.SIGTERM)
-    if kind == "sleeps": time.sleep(600)
-    if kind == "loops":
-        while True: pass
-    if kind == "holds the interpreter": ctypes.PyDLL(None).sleep(600)
-    if kind == "ignores SIGTERM":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        while True: pass
-    if kind == "locks itself": lock = threading.Lock(); lock.acquire(); lock.acquire()
-    if kind == "takes all memory": bytearray(1 << 34)
-    if kind == "prints without end":
-        while True: print("\x1b[2J" * 1000)
-    if kind == "leaves a child behind":
-        if os.fork(): os._exit(1)
-        time.sleep(600)
-    if kind == "closes everything": os.closerange(0, 100); return scores
-    if kind == "writes to the trainer":
-        for pipe in range(3, 20):
-            try: os.write(pipe, b"\0" * 7 + b"\5[[[[[")
-            except OSError: pass
-        return scores
-    if kind == "gives NaN": return [float("nan")] * len(scores)
-    if kind == "gives infinity": return [float("inf")] * len(scores)
-    if kind == "gives a number too many": return [*scores, 1.0]
-    if kind == "gives nothing": return None
-    if kind == "gives texts": return ["1.0"] * len(scores)
-    if kind == "gives lists": return [[1.0]] * len(scores)
-    if kind == "gives other names": return {"other": scores}
-    raise NotImplementedError(kind)
-
-
-def counts_e(prompts, completions, **columns):
-    scores = [sum(letter == "e" for letter in text) / 16 for text in completions]
-    if not FAULT.exists(): return scores
-    how, kind = FAULT.read_text().split(":")
-    hit = [prompt.endswith("3") for prompt in prompts]
-    if how == "none": return [None if bad else score for bad, score in zip(hit, scores)]
-    if how == "some" and not any(hit): return scores
-    if how == "once": FAULT.unlink()
-    return misbehave(kind, scores)
-"""
-FUNCTION = [line.split('"')[1] for line in REWARDS.splitlines() if line.startswith("    if kind == ")]
+REWARDS = Path(__file__).with_name("fault_rewards.py")
+FUNCTION = re.findall(r'if kind == "(.+)":', REWARDS.read_text(encoding="utf-8"))
 
 JUDGE: dict[str, Reply] = {
     "500": Reply(status=500, body=b"\x1b[31m"),
@@ -138,7 +77,7 @@ class Bench:
         self.folder = folder
         save_policy(folder / "policy", "llama")
         write_prompts(folder / "prompts.jsonl")
-        (folder / "fault_rewards.py").write_text(REWARDS)
+        shutil.copy(REWARDS, folder)
         self._straight: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         self._runs = 0
 
