@@ -128,8 +128,9 @@ class Scorer:
         return [f"{h.name} was found {h.verdict}" for h in heads if h.verdict in ("weak", "untrustworthy")]
 
     def counts(self) -> dict[str, float]:
-        """The judge's requests, retries, cache hits and unusable answers since the start, as metrics."""
-        return {f"judge/{name}": float(n) for name, n in self.judge.stats.items()} if self.judge else {}
+        """The judge's requests, retries, cache hits and unusable answers, and functions' failures, since the start."""
+        judged = {f"judge/{name}": float(n) for name, n in self.judge.stats.items()} if self.judge else {}
+        return judged | (self.functions.counts() if self.functions else {})
 
     def used(self, scored: Scored) -> Tensor:
         """(S, R): the rewards that are compared, where a lower bound or a threshold takes the score's place."""

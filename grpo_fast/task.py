@@ -83,7 +83,12 @@ def check_inputs(config: TrainConfig, *, own_heads: Sequence[str] = ()) -> Input
     functions = None
     if config.reward.functions:
         functions = RewardFunctions(
-            config.reward.functions, timeout_s=config.reward.timeout_s, workers=config.reward.workers
+            config.reward.functions,
+            timeout_s=config.reward.timeout_s,
+            workers=config.reward.workers,
+            memory_limit_gib=config.reward.memory_limit_gib,
+            isolation=config.reward.isolation,
+            on_failure=config.reward.on_failure,
         )
         functions.probe(training, system_prompt=config.data.system_prompt)
     saved = read_saved(config.reward.model)

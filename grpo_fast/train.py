@@ -54,6 +54,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     use(config.policy.attention)
     task = load(config, inputs) if config.policy.model else prepare(config, inputs, run)
     policy = task.policy
+    if inputs.functions:
+        run.closing(inputs.functions).attend(run.path if run.world.is_first else None, run.progress.message)
     world = replace(run.world, generating=generating(config))
     engine = run.closing(
         engine_of(config, policy, run.path, decode=task.decode, tell=run.progress.message, world=world)

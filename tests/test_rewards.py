@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import grpo_kernels
 import pytest
@@ -23,27 +24,29 @@ from grpo_fast.errors import UserError
 from grpo_fast.rewards.functions import (
     RewardFunctions,
     combine_names,
-    load_function,
     objective_weights,
 )
+from grpo_fast.rewards.user_function import load_function
 
 LOADED_FROM = [Path(module.__file__ or "").parents[1] for module in (grpo_fast, grpo_kernels)]
 
 MODULE = """
     import asyncio, threading, time
-    import numpy, torch
 
     def length(completions, **kwargs):
         return [float(len(text)) for text in completions]
     def strict(prompts, completions, answer):
         return [a == c for a, c in zip(answer, completions)]
     def several(completions, **_):
+        import torch
         return {"short": [1, 2.5], "long": torch.tensor([3.0, 4.0])}
     def rows(completions, **_):
+        import numpy
         return [{"polite": 1.0, "safe": None}, {"polite": numpy.float32(2), "safe": 3}]
     def missing(completions, **_):
         return [None, 1]
     async def later(completions, **_):
+        import numpy
         await asyncio.sleep(0.01)
         return numpy.ones(len(completions))
     class Late:
@@ -51,6 +54,7 @@ MODULE = """
             return [0.5] * len(completions)
     late = Late()
     def grad_off(completions, **_):
+        import torch
         return [float(torch.is_grad_enabled())] * len(completions)
 
     def raises(**_): raise KeyError("gold")
@@ -104,14 +108,21 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.invalidate_caches()
 
 
-def score(*names: str, **options: float) -> tuple[list[str], list[list[float]]]:
-    functions = RewardFunctions([f"my_rewards:{name}" for name in names], **options)  # pyright: ignore
+def score(*names: str, isolation: str = "thread", **options: Any) -> tuple[list[str], list[list[float]]]:
+    specs = [f"my_rewards:{name}" for name in names]
+    functions = RewardFunctions(specs, isolation=isolation, **options)
     matrix = functions(["p", "q"], ["one", "three"], [{"answer": "one"}, {"answer": "two", "only": 1}])
+    functions.close()
     assert matrix.dtype == torch.float32 and functions.names is not None
     return functions.names, matrix.tolist()
 
 
 def test_what_a_function_may_return():
+    light = score("strict", "length", isolation="process")
+    assert light == (["strict", "length"], [[1.0, 3.0], [0.0, 5.0]])
+    names, matrix = score("several", "rows", "later", "late", isolation="process")
+    assert names == ["short", "long", "polite", "safe", "later", "late"]
+    assert matrix[1] == [2.5, 4.0, 2.0, 3.0, 1.0, 0.5] and math.isnan(matrix[0][3])
     assert score("length") == (["length"], [[3.0], [5.0]])
     assert score("strict") == (["strict"], [[1.0], [0.0]])
     assert score("several", "length") == (["short", "long", "length"], [[1.0, 3.0, 3.0], [2.5, 4.0, 5.0]])
@@ -144,6 +155,7 @@ def test_columns_arrive_as_lists_with_none_where_a_row_lacks_one():
     }
 
 
+@pytest.mark.parametrize("isolation", ["thread", "process"])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -163,15 +175,15 @@ def test_columns_arrive_as_lists_with_none_where_a_row_lacks_one():
         ("nested", "returned [1.0] for completion 0"),
     ],
 )
-def test_a_bad_return_is_one_line_that_names_function_and_completion(name: str, message: str):
+def test_a_bad_return_is_one_line_that_names_function_and_completion(name: str, message: str, isolation: str):
     with pytest.raises(UserError) as caught:
-        score(name)
+        score(name, isolation=isolation)
     text = str(caught.value)
     assert text.startswith(f"reward function my_rewards:{name} ") and message in text and "\n" not in text
 
 
 def test_names_may_not_change_or_clash():
-    functions = RewardFunctions(["my_rewards:changing"])
+    functions = RewardFunctions(["my_rewards:changing"], isolation="thread")
     functions(["p", "q"], ["c", "d"], [{}, {}])
     with pytest.raises(UserError, match="returned name2, but name1 before"):
         functions(["p", "q"], ["c", "d"], [{}, {}])
@@ -197,11 +209,13 @@ def test_names_may_not_change_or_clash():
 def test_a_function_that_is_not_there(spec: str, message: str):
     with pytest.raises(UserError, match=message):
         load_function(spec)
+    with pytest.raises(UserError, match=message):
+        RewardFunctions([spec])
 
 
 def test_signatures_that_cannot_be_called():
     with pytest.raises(UserError, match="must be accepted by name"):
-        score("positional")
+        score("positional", isolation="process")
     with pytest.raises(
         UserError, match=r"needs 'answer', there are prompts, completions, answers; did you mean answers\?"
     ):
@@ -219,7 +233,7 @@ def test_the_time_limit_ends_the_wait():
 def test_a_function_that_hangs_does_not_hold_the_interpreter(tmp_path: Path):
     code = (
         "from grpo_fast.rewards.functions import RewardFunctions\n"
-        "try: RewardFunctions(['my_rewards:hangs'], timeout_s=0.2)(['p'], ['c'], [{}])\n"
+        "try: RewardFunctions(['my_rewards:hangs'], timeout_s=0.2, isolation='thread')(['p'], ['c'], [{}])\n"
         "except ValueError as error: print(error)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, LOADED_FROM))}

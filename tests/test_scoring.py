@@ -168,7 +168,7 @@ def functions(monkeypatch: pytest.MonkeyPatch) -> RewardFunctions:
     module: Any = types.ModuleType("scoring_rewards")
     module.brief = lambda completions, gold, **_: [n - len(c) for n, c in zip(gold, completions, strict=True)]
     monkeypatch.setitem(sys.modules, "scoring_rewards", module)
-    made = RewardFunctions(["scoring_rewards:brief"])
+    made = RewardFunctions(["scoring_rewards:brief"], isolation="thread")
     made(["p"], ["c"], [{"gold": 0}])
     return made
 

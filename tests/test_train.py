@@ -292,7 +292,9 @@ def test_a_reward_function_that_fails_in_an_evaluation_costs_no_step(rewards, ca
     assert run_command(*flags, "--run.eval-every", "3", "--run.steps", "5") == 2
     assert "3 steps are kept, go on with --resume" in capsys.readouterr().err
     assert [row["step"] for row in metrics(rewards / "run")] == [1, 2, 3]
-    sys.modules["eval_rewards"].sizes.append(16)  # mended
+    (rewards / "eval_rewards.py").write_text(
+        "def fails(completions, **columns):\n    return [float(len(text)) for text in completions]\n"
+    )  # mended
     assert run_command("--resume", rewards / "run") == 0
     assert [row["step"] for row in metrics(rewards / "run")] == [1, 2, 3, 4, 5]
 
@@ -306,7 +308,12 @@ def test_functions_see_the_same_kind_of_prompt_when_tried_and_in_training(reward
     )
     flags = own_model_flags(rewards, "qwen2")
     flags[flags.index("my_rewards:counts_e")] = "seen:look"
-    assert run_command(*flags, "--data.system-prompt", "be kind", "--run.steps", "1") == 0
+    assert (
+        run_command(
+            *flags, "--data.system-prompt", "be kind", "--run.steps", "1", "--reward.isolation", "thread"
+        )
+        == 0
+    )
     calls = sys.modules["seen"].seen
     assert len(calls) == 4  # tried, before, one step, after
     for prompts, messages in calls:

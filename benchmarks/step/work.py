@@ -171,7 +171,7 @@ def config_of(
 
 def task_of(policy: Policy, size: Size, config: TrainConfig) -> Task:
     """The prompts, the reward function and the sampling: temperature 1, no end token."""
-    functions = RewardFunctions(config.reward.functions)
+    functions = RewardFunctions(config.reward.functions, isolation="thread")
     functions.probe([])
     return Task(
         policy=policy,

@@ -31,6 +31,7 @@ _RANGES: dict[str, Rule] = {
     "reward.floor_lr": above(0),
     "reward.timeout_s": above(0),
     "reward.workers": at_least(1),
+    "reward.memory_limit_gib": at_least(0),
     "judge.timeout_s": above(0),
     "judge.retries": at_least(0),
     "judge.concurrency": at_least(1),
@@ -128,6 +129,15 @@ def _check_rewards(config: TrainConfig) -> None:
             raise FieldError(
                 "reward.model", f"names {model} twice" if model else "must not hold an empty text"
             )
+    if reward.isolation == "thread":
+        for name, given in (
+            ("on_failure", reward.on_failure != "stop"),
+            ("memory_limit_gib", reward.memory_limit_gib),
+        ):
+            if given:
+                raise FieldError(
+                    f"reward.{name}", "needs reward.isolation = process: a thread cannot be stopped"
+                )
     for name, k in reward.lower_bounds.items():
         if k <= 0:
             raise FieldError(f"reward.lower_bounds.{name}", f"must be > 0, got {k}")

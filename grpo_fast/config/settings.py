@@ -120,9 +120,15 @@ class RewardSettings:
     overlap: Literal["auto", "on", "off"] = "auto"
     """Score finished groups while others are still generated; auto: on a CUDA device. Changes speed alone."""
     timeout_s: float = 60.0
-    """Seconds a reward function may take for one batch before the run stops."""
+    """Seconds a reward function may take for one batch; then its process is killed and reward.on_failure applies."""
     workers: int = 8
     """Reward functions that run at the same time."""
+    memory_limit_gib: float = 0.0
+    """Memory each reward function's process may allocate, in GiB; 0: no limit."""
+    on_failure: Literal["stop", "missing"] = "stop"
+    """Completions a reward function fails on: stop the run and name one, or count their scores as missing."""
+    isolation: Literal["process", "thread"] = "process"
+    """Each reward function in a process of its own, or in threads of the trainer, which nothing can stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,18 +6,19 @@ length S; it is given only the keywords it takes. It returns S numbers (one
 objective, called like the function), a dict of name -> S numbers, or S dicts of name -> number. None is a
 missing score. It may be a coroutine function.
 
-Functions run in threads of this process, several at once. Python cannot stop a thread, so a function that
-passes the time limit is left behind, the run ends with an error, and the thread, a daemon, ends with the
-process. Threads overlap waiting (a server, a subprocess) and work that releases the interpreter lock; pure
-Python work takes turns.
+Each function runs in a process of its own (`process.py`), which is killed and started again when a call takes too
+long or the process dies; what the function keeps in its module is lost then. With isolation `thread` it runs in this
+process instead (`thread.py`): needed where it works on the trainer's own objects.
+
+When a call fails, the rows it fails on are searched (`search.py`) by calling the function on parts of the batch. Scores
+always come from one call on all rows that are not missing, so they do not depend on what had to be repeated.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ from grpo_fast.data.prompts import Messages, Row, as_messages
 from grpo_fast.data.records import one_line
 from grpo_fast.errors import UserError, did_you_mean
 from grpo_fast.rewards.overlong import OVERLONG
-from grpo_fast.rewards.user_function import RewardFunction, described, load_function
+from grpo_fast.rewards.process import Worker, log_name
+from grpo_fast.rewards.search import Found, failing_rows
+from grpo_fast.rewards.thread import InThread
+from grpo_fast.rewards.user_function import FunctionError
+
+MOST_LOST = 3
+"""Batches in a row without any score of a function, after which a run stops that goes on without single ones."""
 
 
 class RewardFunctions:
@@ -37,9 +44,38 @@ class RewardFunctions:
     `names` is fixed by the first call (or `probe`): a dict's keys are known only then.
     """
 
-    def __init__(self, specs: Sequence[str], *, timeout_s: float = 60.0, workers: int = 8) -> None:
-        self._functions = [RewardFunction(spec, load_function(spec)) for spec in specs]
+    def __init__(
+        self,
+        specs: Sequence[str],
+        *,
+        timeout_s: float = 60.0,
+        workers: int = 8,
+        memory_limit_gib: float = 0.0,
+        isolation: str = "process",
+        on_failure: str = "stop",
+    ) -> None:
+        """Loads the functions; the settings are those of `RewardSettings`.
+
+        Raises `UserError` for a function that is not there or cannot be called.
+        """
         self._timeout_s, self._workers = timeout_s, workers
+        self._searches, self._forgives = isolation == "process", on_failure == "missing"
+        self._runners: list[Worker | InThread] = []
+        try:
+            for spec in specs:
+                if isolation == "thread":
+                    self._runners.append(InThread(spec))
+                else:
+                    worker = Worker(spec, timeout_s=timeout_s, memory_limit_gib=memory_limit_gib)
+                    self._runners.append(worker)
+            self._keywords = [runner.ready() for runner in self._runners]
+        except BaseException:
+            self.close()
+            raise
+        self._names_of: list[list[str] | None] = [None] * len(specs)
+        self._lost = [0] * len(specs)
+        self._failures = [0] * len(specs)
+        self._tell: Callable[[str], object] = lambda line: None
         self.names: list[str] | None = [] if not specs else None
 
     def probe(self, rows: Sequence[Row], *, system_prompt: str = "") -> list[str]:
@@ -56,68 +92,134 @@ class RewardFunctions:
         assert self.names is not None
         return self.names
 
+    def attend(self, folder: Path | None, tell: Callable[[str], object]) -> None:
+        """From now on what functions print goes to files in `folder`, and `tell` is given warnings."""
+        self._tell = tell
+        for runner in self._runners:
+            if folder is not None and isinstance(runner, Worker):
+                runner.output.to(folder / log_name(runner.spec))
+
+    def counts(self) -> dict[str, float]:
+        """Rows each function has failed on since the start, as metrics; nothing where a failure stops the run."""
+        if not self._forgives:
+            return {}
+        pairs = zip(self._runners, self._failures, strict=True)
+        return {f"reward_failures/{runner.spec}": float(number) for runner, number in pairs}
+
+    def close(self) -> None:
+        """End the functions' processes."""
+        for runner in self._runners:
+            runner.close()
+
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], columns: Sequence[dict[str, Any]]
     ) -> Tensor:
         """Scores of S completions: (S, len(names)) float32 on the CPU, NaN where one is missing.
 
         `columns` holds each completion's row. Raises `UserError` naming the function, and the completion
-        where it is about one, when a function raises, takes too long, or returns anything else than it may.
+        where it is about one, when a function raises, takes too long, dies, or returns anything else than it may;
+        where such rows count as missing, only after `MOST_LOST` batches in a row without a score.
         """
         assert len(prompts) == len(completions) == len(columns)
-        if not self._functions:
+        if not self._runners:
             return torch.empty(len(prompts), 0)
         keys = dict.fromkeys(key for row in columns for key in row if key not in ("prompts", "completions"))
         arguments: dict[str, list[Any]] = {"prompts": list(prompts), "completions": list(completions)}
         arguments |= {key: [row.get(key) for row in columns] for key in keys}
-        returned = self._run([function.bind(arguments) for function in self._functions])
+        given = [
+            keywords.chosen(runner.spec, arguments)
+            for runner, keywords in zip(self._runners, self._keywords, strict=True)
+        ]
+        places = range(len(self._runners))
+        with ThreadPoolExecutor(max_workers=min(self._workers, len(places))) as pool:
+            parts = list(pool.map(lambda place: self._scores(place, given[place], prompts), places))
         scores: dict[str, list[float]] = {}
-        for function, value in zip(self._functions, returned, strict=True):
-            for name, numbers in function.scores(value, len(prompts)).items():
+        for runner, part in zip(self._runners, parts, strict=True):
+            for name, numbers in part.items():
                 if name in scores:
-                    raise UserError(
-                        f"reward function {function.spec}: another function gives {name!r} already"
-                    )
+                    raise UserError(f"reward function {runner.spec}: another function gives {name!r} already")
                 scores[name] = numbers
+        self._names_of = [list(part) for part in parts]
         if self.names is None:
             self.names = list(scores)
         return torch.tensor([scores[name] for name in self.names], dtype=torch.float32).T.contiguous()
 
-    def _run(self, calls: list[Callable[[], Any]]) -> list[Any]:
-        """What each call returns; `workers` at a time, each with its own time limit from its start."""
-        finished: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue()
+    def _scores(
+        self, place: int, given: dict[str, list[Any]], prompts: Sequence[str]
+    ) -> dict[str, list[float]]:
+        """The scores of one function, its failures dealt with."""
+        runner, known, count = self._runners[place], self._names_of[place], len(prompts)
 
-        def work(index: int) -> None:
-            try:
-                with torch.no_grad():  # a thread does not inherit it
-                    finished.put((index, calls[index](), None))
-            except BaseException as error:  # SystemExit too: it would end the thread in silence
-                finished.put((index, None, error))
+        def call(rows: list[int], limit_s: float) -> dict[str, list[float]]:
+            chosen = {name: [column[row] for row in rows] for name, column in given.items()}
+            return runner.call(chosen, len(rows), known, limit_s)
 
-        results: list[Any] = [None] * len(calls)
-        waiting = list(range(len(calls)))
-        deadlines: dict[int, float] = {}
-        while waiting or deadlines:
-            while waiting and len(deadlines) < self._workers:
-                index = waiting.pop(0)
-                deadlines[index] = time.monotonic() + self._timeout_s
-                name = f"reward {self._functions[index].spec}"
-                threading.Thread(target=work, args=(index,), name=name, daemon=True).start()
-            first = min(deadlines, key=lambda index: deadlines[index])
+        def attempt(rows: list[int], limit_s: float) -> FunctionError | None:
             try:
-                index, results[index], error = finished.get(
-                    timeout=max(deadlines[first] - time.monotonic(), 0)
-                )
-            except queue.Empty:
-                raise UserError(
-                    f"reward function {self._functions[first].spec} took longer than "
-                    f"reward.timeout_s = {self._timeout_s:g} s for one batch"
-                ) from None
-            del deadlines[index]
-            if error is not None:
-                spec = self._functions[index].spec
-                raise UserError(one_line(f"reward function {spec} raised {described(error)}")) from error
-        return results
+                call(rows, limit_s)
+            except FunctionError as error:
+                return error
+            return None
+
+        try:
+            scores = runner.call(given, count, known, self._timeout_s)
+            self._lost[place] = 0
+            return scores
+        except FunctionError as error:
+            first = error
+        # while the functions are tried, a failure is plain
+        if known is None or not self._searches:
+            raise UserError(self._line(place, first)) from first
+        found = Found()
+        if self._forgives or not first.names_row:
+            found = failing_rows(attempt, count, limit_s=self._timeout_s, first_only=not self._forgives)
+        if found.rows and not self._forgives:
+            row, problem = next(iter(found.rows.items()))
+            raise UserError(self._line(place, problem, f"on completion {row} of {count}", prompts[row]))
+        missing = {*found.rows, *found.undecided}
+        kept = [row for row in range(count) if row not in missing]
+        scores = {name: [torch.nan] * count for name in known}
+        problem = next(iter(found.rows.values()), first)
+        if found.undecided and not self._forgives:
+            raise UserError(self._line(place, problem, "; on which completion was not found in time"))
+        if kept:
+            try:
+                for name, numbers in call(kept, self._timeout_s).items():
+                    for row, number in zip(kept, numbers, strict=True):
+                        scores[name][row] = number
+            except FunctionError as error:
+                problem, kept = error, []
+        if not kept and not self._forgives:
+            raise UserError(
+                self._line(place, problem, "" if problem.names_row else "(on no completion alone)")
+            )
+        self._account(place, problem, count - len(kept), count)
+        return scores
+
+    def _account(self, place: int, problem: FunctionError, missing: int, count: int) -> None:
+        """Count and say what failed; UserError when it is too much."""
+        if not missing:
+            self._tell(self._line(place, problem, "and went well when it was called again", warning=True))
+            return
+        if not self._failures[place]:
+            self._tell(self._line(place, problem, f": {missing} of {count} scores are missing", warning=True))
+        self._failures[place] += missing
+        self._lost[place] = self._lost[place] + 1 if missing == count else 0
+        if self._lost[place] == MOST_LOST:
+            raise UserError(
+                self._line(place, problem, f"; no score in {MOST_LOST} batches in a row: mend the function")
+            )
+
+    def _line(
+        self, place: int, problem: FunctionError, where: str = "", prompt: str = "", *, warning: bool = False
+    ) -> str:
+        """One line; the problem is cut before what stands behind it."""
+        start = f"{'warning: ' * warning}reward function {self._runners[place].spec}"
+        gap = " " if where[:1] not in ("", ":", ";") else ""
+        end = f"{gap}{where}" + (f" (prompt {prompt[:40]!r})" if prompt else "")
+        said, room = one_line(str(problem)), max(300 - len(start) - len(end), 40)
+        said = said if len(said) < room else f"{said[: room - 2]}…"
+        return one_line(f"{start} {said}{end}{problem.printed}")
 
 
 def with_messages(columns: dict[str, Any], messages: Messages | None) -> dict[str, Any]:

@@ -1,20 +1,34 @@
-"""One reward function of the user's: finding it, giving it what it takes, reading what it returns."""
+"""One reward function of the user's: finding it, giving it what it takes, reading what it returns.
+
+Worker processes import this file, so it needs nothing that is slow to import.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from grpo_fast.data.records import one_line
 from grpo_fast.errors import UserError, did_you_mean
 
-_FLOAT32_MAX = 3.4e38
+FLOAT32_MAX = 3.4e38
+
+
+class FunctionError(Exception):
+    """What a function did wrong in a call, as a line's end after its name; with other rows it may go better."""
+
+    def __init__(self, problem: str, *, row: bool = False, printed: str = "") -> None:
+        super().__init__(problem)
+        self.printed = printed
+        """The last it printed before, as the end of a message"""
+        self.names_row = row
+        """Whether the problem says already which completion it is about, or is about no single one."""
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -58,49 +72,78 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-class RewardFunction:
-    """One function: the keywords it takes, and the reading of what it returns."""
+@dataclass(frozen=True)
+class Keywords:
+    """What a function can be called with."""
 
-    def __init__(self, spec: str, function: Callable[..., Any]) -> None:
-        self.spec, self._function = spec, function
-        self._name = spec.rpartition(":")[2]
-        self._known: set[str] | None = None
+    every: bool
+    """It takes any keyword"""
+    taken: Sequence[str]
+    needed: Sequence[str]
+
+    @classmethod
+    def of(cls, spec: str, function: Callable[..., Any]) -> Keywords:
+        """Those of a function; UserError where it cannot be called by name or does not take completions."""
         try:
             parameters = list(inspect.signature(function).parameters.values())
-            self._takes_all = any(item.kind is item.VAR_KEYWORD for item in parameters)
+            every = any(item.kind is item.VAR_KEYWORD for item in parameters)
         except ValueError:  # built-in functions without a signature
-            parameters, self._takes_all = [], True
+            parameters, every = [], True
         named = [item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
-        self._takes = {item.name for item in named}
-        self._needs = [item.name for item in named if item.default is item.empty]
+        taken = [item.name for item in named]
         if any(item.kind is item.POSITIONAL_ONLY and item.default is item.empty for item in parameters):
             raise UserError(f"reward function {spec}: its arguments must be accepted by name")
-        if not self._takes_all and "completions" not in self._takes:
-            takes = ", ".join(self._takes) or "nothing"
+        if not every and "completions" not in taken:
+            takes = ", ".join(taken) or "nothing"
             raise UserError(
                 f"reward function {spec}: must take completions (and may take prompts and the data's other "
-                f"columns), it takes {takes}{did_you_mean('completions', self._takes)}"
+                f"columns), it takes {takes}{did_you_mean('completions', taken)}"
             )
+        return cls(every, taken, [item.name for item in named if item.default is item.empty])
 
-    def bind(self, arguments: dict[str, list[Any]]) -> Callable[[], Any]:
-        """A call with those of the arguments it takes; each call gets lists of its own."""
-        for name in self._needs:
+    def chosen(self, spec: str, arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Those of the arguments the function takes, in lists of their own; UserError where a needed one lacks."""
+        for name in self.needed:
             if name not in arguments:
-                self._refuse(
-                    f"needs {name!r}, there are {', '.join(arguments)}{did_you_mean(name, arguments)}"
-                )
-        given = {
-            key: list(value) for key, value in arguments.items() if self._takes_all or key in self._takes
-        }
+                there = ", ".join(arguments)
+                hint = did_you_mean(name, arguments)
+                raise UserError(one_line(f"reward function {spec} needs {name!r}, there are {there}{hint}"))
+        return {key: list(value) for key, value in arguments.items() if self.every or key in self.taken}
 
-        def call() -> Any:
-            value = self._function(**given)
-            return asyncio.run(_finish(value)) if inspect.isawaitable(value) else value
 
-        return call
+class RewardFunction:
+    """One function, called, and the reading of what it returns."""
 
-    def scores(self, value: Any, count: int) -> dict[str, list[float]]:
-        """Objective name -> `count` numbers; raises `UserError` for anything that is not that."""
+    def __init__(self, spec: str) -> None:
+        """Raises `UserError` where there is no such function or it cannot be called."""
+        self._function = load_function(spec)
+        self.keywords = Keywords.of(spec, self._function)
+        self._name = spec.rpartition(":")[2]
+        self._known: Sequence[str] | None = None
+
+    def __call__(
+        self, given: dict[str, list[Any]], count: int, known: Sequence[str] | None
+    ) -> dict[str, list[float]]:
+        """Objective name -> `count` numbers, NaN for a missing one; `known` are the names of earlier calls.
+
+        Raises `FunctionError` for anything else than that, and what the function raises.
+        """
+        self._known = known
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return self._scores(self._returned(given), count)
+        with torch.no_grad():
+            return self._scores(self._returned(given), count)
+
+    def _returned(self, given: dict[str, list[Any]]) -> Any:
+        value = self._function(**given)
+        if not inspect.isawaitable(value):
+            return value
+        import asyncio  # slower to import than all the rest
+
+        return asyncio.run(_finish(value))
+
+    def _scores(self, value: Any, count: int) -> dict[str, list[float]]:
         if isinstance(value, dict):
             if not value:
                 self._refuse("returned a dict without names")
@@ -119,9 +162,10 @@ class RewardFunction:
                 }
             else:
                 scores = {self._name: self._numbers(items, count, "")}
-        if self._known is not None and scores.keys() != self._known:
-            self._refuse(f"returned {', '.join(sorted(scores))}, but {', '.join(sorted(self._known))} before")
-        self._known = set(scores)
+        if self._known is not None and scores.keys() != set(self._known):
+            self._refuse(
+                f"returned {', '.join(sorted(scores))}, but {', '.join(sorted(self._known))} before", row=True
+            )
         return scores
 
     def _checked_name(self, name: Any) -> str:
@@ -146,13 +190,14 @@ class RewardFunction:
             if number is None:
                 self._refuse(
                     f"returned {_shown(item)}{of} for completion {index}, must be a finite number, or None "
-                    "for a missing score"
+                    "for a missing score",
+                    row=True,
                 )
             numbers.append(number)
         return numbers
 
-    def _refuse(self, problem: str) -> NoReturn:
-        raise UserError(one_line(f"reward function {self.spec} {problem}"))
+    def _refuse(self, problem: str, *, row: bool = False) -> NoReturn:
+        raise FunctionError(problem, row=row)
 
 
 async def _finish(value: Any) -> Any:
@@ -169,7 +214,7 @@ def _number(item: Any) -> float | None:
         number = float(item)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if abs(number) <= _FLOAT32_MAX else None
+    return number if abs(number) <= FLOAT32_MAX else None
 
 
 def _shown(value: Any) -> str:
