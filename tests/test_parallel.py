@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import torch
 
 from grpo_fast.config.engine_settings import ParallelSettings
 from grpo_fast.config.settings import OptimSettings, TrainConfig
+from grpo_fast.engines.base import Sampling
+from grpo_fast.engines.guard import Guard
+from grpo_fast.engines.relay import Relay
 from grpo_fast.engines.separate import SeparateEngine
 from grpo_fast.errors import Stopped, UserError
 from grpo_fast.grpo import dealt, tokens_of, update
@@ -22,6 +27,7 @@ from grpo_fast.parallel.world import ALONE, World
 from grpo_fast.rollout_codec import Answers
 from tests.grpo_cases import config, gradients, policy, rollout
 from tests.ranks import run_on_ranks
+from tests.vllm_server import VllmTestServer, engine_for
 
 LORA = LoraSettings(rank=4)
 CASES: dict[str, tuple[dict[str, Any], TrainConfig]] = {
@@ -76,6 +82,7 @@ def everything(world: World, folder: Path) -> dict[str, Any]:
         "world": talk(world),
         "weights": weights(world, folder),
         "refusals": refusals(world),
+        "served": served(world),
     }
 
 
@@ -128,6 +135,32 @@ def weights(world: World, folder: Path) -> dict[str, Any]:
             key: value.detach().numpy() for key, value in engine.model.named_parameters()
         }
     return found if world.is_first else {}
+
+
+def served(world: World) -> list[Any]:
+    """Completions of stand-ins for vLLM, of which all processes but the last have one, after a step."""
+    world = replace(world, generating=max(1, world.size - 1))
+    made = model_of({"family": "llama"})
+    relay = Relay(world, made.device)
+    with ExitStack() as stack:
+        if world.rank < world.generating:
+            server = stack.enter_context(VllmTestServer(copy.deepcopy(made.model)))
+            relay.serve(
+                Guard(engine_for(server), vocabulary=made.head()["weight"].shape[0], weights=relay.held)
+            )
+            stack.callback(relay.close)
+        made.shard(world)
+        update(made, Optimizer(made.trainable_parameters(), lr=0.1), rollout(2), config("dapo", 40), lr=0.1)
+        relay.push(made.named_weights(), 1)
+        prompts = [[5, 6, 7 + i] for i in range(5)]
+        share = world.share(len(prompts))
+
+        def generate() -> list[tuple[list[int], int]]:
+            sampling = Sampling(max_new_tokens=6)
+            own = [prompts[place] for place in share]
+            return [(c.token_ids, c.version) for c in relay.generate(own, 2, sampling, 3, places=share)]
+
+        return [answer for part in world.agreed(generate) for answer in part]
 
 
 def refusals(world: World) -> list[str]:
@@ -203,6 +236,14 @@ def test_what_cannot_be_shared_out_is_refused_by_name(found):
     _, ranks, _ = found
     for rank in ranks:
         assert "parallel.head" in rank["refusals"][0] and "adafactor" in rank["refusals"][1]
+
+
+def test_servers_of_some_ranks_answer_for_all_with_the_weights_of_all(found):
+    _, ranks, _ = found
+    expected = served(ALONE)
+    assert len(expected) == 10 and all(version == 1 for _, version in expected)
+    for rank in ranks:
+        assert [tuple(answer) for answer in rank["served"]] == expected
 
 
 def test_micro_batches_are_dealt_out_evenly():
