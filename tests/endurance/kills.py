@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def allowed(outcome: Outcome) -> int:
-    """Steps that may be lost: up to an interval, and another one where a checkpoint was still being written."""
-    return INTERVAL * (2 if outcome.saving else 1)
+    """Steps that may be lost: up to an interval, and another one where a checkpoint was being written or found no room."""
+    return INTERVAL * (2 if outcome.saving or outcome.moment == "after a full disk" else 1)
 
 
 MOMENTS = ("at random", "at random", "inside a save", "at random", "after a full disk")
