@@ -1,4 +1,4 @@
-"""How much of what a policy says it has said before: within a group, and within one completion. Counted on token ids."""
+"""How much of what a policy says it has said before, in a group and in one completion; counted on token ids."""
 
 from __future__ import annotations
 
