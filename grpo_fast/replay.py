@@ -103,6 +103,10 @@ def _rollout(batch: dict[str, Tensor], sampled: list[Tensor]) -> Rollout:
     size = len(said)
     if not len(batch["prompt_of"]) == len(batch["advantages"]) == size:
         raise ValueError(f"{size} completions, {len(batch['advantages'])} advantages")
+    if not all(map(len, [*prompts, *said])) or not 0 <= batch["prompt_of"].min() <= batch[
+        "prompt_of"
+    ].max() < len(prompts):
+        raise ValueError("a prompt or completion that is empty, or missing")
     nothing = torch.empty(size, 0)
     return Rollout(
         prompts=[Prompt("", ids.tolist(), None, {}) for ids in prompts],

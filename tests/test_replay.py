@@ -55,6 +55,7 @@ def poisoned_loss(self, batch, *args, **given):
     return loss + (torch.inf if 3 in batch.sequence_index.tolist() else 0.0), metrics
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
 @pytest.mark.parametrize("preset", ["dapo", "gspo"])
 def test_a_weight_that_is_not_finite_skips_the_step_and_its_replay_finds_it(
     tmp_path: Path, capsys, preset: str
@@ -166,6 +167,6 @@ def test_a_run_goes_on_over_skipped_steps_and_stops_after_too_many(tmp_path: Pat
     assert [path.name for path in (run / "dumps").iterdir()] == ["step-000002"]
     groups = [checkpoint.load(run / "checkpoints" / f"step-00000{step}")[0] for step in (4, 5)]
     assert all(torch.equal(value, groups[1]["model"][name]) for name, value in groups[0]["model"].items())
-    assert "over limits.skipped from here on in 3 steps" in (run / "report.html").read_text()
+    assert "limits.skipped is passed, from here on in 3 steps" in (run / "report.html").read_text()
     assert exit_code(main, run / "dumps" / "step-000002") == 0
     assert "nan" in capsys.readouterr().out

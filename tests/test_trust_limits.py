@@ -86,4 +86,6 @@ def test_zero_is_no_limit_and_the_mismatch_follows_the_engines():
 
 def test_the_report_is_told_from_the_rows_alone():
     rows = [{"step": s, "over/kl": float(n)} if n else {"step": s} for s, n in enumerate([0, 1, 2, 0, 1], 1)]
-    assert passed(rows) == [(2, "limit_kl", "over limits.kl from here on in 3 steps, 2 in a row at most")]
+    assert passed(rows) == [
+        (2, "limit_kl", "limits.kl is passed, from here on in 3 steps, at most 2 in a row")
+    ]

@@ -56,8 +56,8 @@ RULES: dict[str, Rule] = {
         metric="truncated_frac",
         against="start",
         broken=lambda _, now: now > 0.8,
-        sentence="{now:.0%} of the completions are cut off ({against:.0%} in the first steps) since step {began}: raise "
-        "rollout.max_new_tokens, or shape against length (reward.overlong_buffer)",
+        sentence="{now:.0%} of the completions are cut off ({against:.0%} in the first steps) since step {began}: "
+        "raise rollout.max_new_tokens, or shape against length (reward.overlong_buffer)",
     ),
     "entropy_collapse": Rule(
         metric="entropy",

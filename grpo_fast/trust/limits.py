@@ -170,8 +170,8 @@ def passed(rows: Sequence[Row]) -> list[tuple[int, str, str]]:
         (
             first,
             f"limit_{key.removeprefix('over/')}",
-            f"over limits.{key.removeprefix('over/')} from here on in {count} step{'s' * (count > 1)}, "
-            f"{most} in a row at most",
+            f"limits.{key.removeprefix('over/')} is passed, from here on in {count} step{'s' * (count > 1)}, at most "
+            f"{most} in a row",
         )
         for key, (first, count, most) in found.items()
     ]
