@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo_fast.budget import TokenBudget
 from grpo_fast.config.resolve import constant_normalizer, loss_config, mismatch_limit
 from grpo_fast.config.settings import TrainConfig
+from grpo_fast.dumps import Skipped
 from grpo_fast.errors import HalfUpdated, UserError
 from grpo_fast.models.policy import Policy
 from grpo_fast.optim.optimizer import Optimizer
@@ -32,6 +33,7 @@ def update(
     lr: float,
     reference: Policy | None = None,
     budget: TokenBudget | None = None,
+    on_skip: Callable[[Skipped], None] | None = None,
 ) -> dict[str, float]:
     """Take `updates_per_rollout` × `minibatches` optimizer steps on one rollout and return the metrics.
 
@@ -42,6 +44,9 @@ def update(
 
     Where a micro-batch does not fit into the device's memory, its optimizer step is redone in smaller ones;
     `budget` remembers that from step to step (None: `optim.token_budget`, and nothing is remembered).
+
+    An optimizer step whose loss or gradient is not finite is not taken; `on_skip` is told of it before anything else
+    happens.
     """
     loss = loss_config(config)
     budget = budget or TokenBudget(config.optim.token_budget)
@@ -81,7 +86,7 @@ def update(
             losses += step_losses
             batch_metrics += step_metrics
             try:
-                norm, taken = optimizer.step(lr)
+                norm, taken = optimizer.step(lr, loss=torch.stack(step_losses).sum())
             except torch.OutOfMemoryError as error:
                 raise HalfUpdated(
                     "out of memory in the optimizer's step: keep its states elsewhere (memory.optimizer host) or make "
@@ -89,6 +94,20 @@ def update(
                 ) from error
             norms.append(norm)
             skipped += not taken
+            if not taken and on_skip is not None:
+                on_skip(
+                    Skipped(
+                        rollout=rollout,
+                        kept=kept,
+                        known=known,
+                        normalizer=normalizer,
+                        token_budget=budget.tokens,
+                        losses=step_losses,
+                        norm=norm,
+                        nonfinite=optimizer.nonfinite,
+                        lr=lr,
+                    )
+                )
     return {
         "lr": lr,
         "skipped_sequences": len(rollout.completions) - sum(len(kept) for kept, *_ in parts),

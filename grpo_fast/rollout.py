@@ -20,6 +20,7 @@ from grpo_fast.engines.base import Completion, RolloutEngine
 from grpo_fast.rollout_codec import Answers
 from grpo_fast.scoring import Scored, Scorer, Scoring
 from grpo_fast.task import Task
+from grpo_fast.trust.repetition import repeated
 
 Timer = Callable[[str], AbstractContextManager[None]]
 
@@ -206,7 +207,9 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str], group_size: int) -> 
     )
     cut = sum(completion.finish_reason == "length" for completion in rollout.completions)
     flat = (rollout.advantages.view(-1, group_size) == 0).all(1).float().mean().item()
-    return metrics | {
+    return {
+        **metrics,
+        **repeated([completion.token_ids for completion in rollout.completions], group_size),
         "length_mean": lengths.mean().item(),
         "length_max": lengths.max().item(),
         "truncated_frac": cut / len(lengths),

@@ -7,6 +7,7 @@ with the multi-objective rewards of arXiv 2503.21819). Without arguments it runs
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from grpo_fast.attention.backends import use
@@ -17,6 +18,7 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.config.toml import to_toml
 from grpo_fast.constraint import Multipliers
 from grpo_fast.data.queue import PromptQueue
+from grpo_fast.dumps import Dumps
 from grpo_fast.engines.choose import engine_of, generating
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.fit import fitted
@@ -42,6 +44,7 @@ from grpo_fast.state import (
 )
 from grpo_fast.summary import sample_rows, write_results
 from grpo_fast.task import Inputs, check_inputs, load
+from grpo_fast.trust.limits import Limits, limits_of
 from grpo_fast.trust.watch import Watch
 from grpo_fast.watch import follow
 
@@ -92,7 +95,10 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     )
     queue = PromptQueue(len(task.prompts), config.seed, rest=config.rollout.rest, state=carried["prompts"])
     optimizer.offload()
-    watch = Watch([row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first])
+    taken = [row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first]
+    watch = Watch(taken, weights=dict(zip(task.scorer.names, task.scorer.weights.tolist(), strict=True)))
+    limits = Limits(limits_of(config), taken)
+    dumps = Dumps(run.path, config, policy, tell=run.progress.message)
     run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)
     for line in task.scorer.doubts():
         run.progress.message(f"warning: {line} on held-out replies (report of the reward model)")
@@ -135,7 +141,14 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             with run.phase_timer("update"):
                 optimizer.reload()
                 metrics = update(
-                    policy, optimizer, rollout, config, lr=lr, reference=reference, budget=budget
+                    policy,
+                    optimizer,
+                    rollout,
+                    config,
+                    lr=lr,
+                    reference=reference,
+                    budget=budget,
+                    on_skip=partial(dumps.write, step + 1),
                 )
                 optimizer.offload()
             for line in policy.news():
@@ -144,9 +157,10 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             metrics |= pipeline.metrics
             metrics |= task.scorer.counts() | engine.counts()
             metrics |= multipliers.update(task.scorer.used(rollout.scored))
-            for name, sign in watch.step(metrics).items():
+            for name, sign in (watch.step(metrics) | limits.step(metrics)).items():
                 metrics[f"warning/{name}"] = 1.0
                 run.progress.message(f"warning, step {step + 1}: {sign}")
+            metrics |= limits.counts()
             metrics["tokens_per_s"] = metrics["generated_tokens"] / (time.perf_counter() - started)
             done = steps.taken(metrics)
             if is_due(done, config.run.eval_every) and done < config.run.steps:
@@ -157,9 +171,12 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                 run.logger.samples(sample_rows("step", done, task, evaluation, config.run.samples))
                 run.progress.sample(task.heldout[0].plain, evaluation.completions[0])
             steps.finish()
-            if run.stop_requested:
+            stops = limits.exceeded and done < config.run.steps
+            if run.stop_requested or stops:
                 write_results(run, config, task, before, None, steps=done)
             run.check_stop()
+            if stops:
+                limits.check()
 
         with run.phase_timer("evaluate"):
             engine.push(policy.named_weights(), steps.done)

@@ -86,10 +86,10 @@ def gradients(
     found: dict[str, torch.Tensor] = {}
 
     class Probe(Optimizer):
-        def step(self, lr):
+        def step(self, lr, **given):
             named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
             found.update({name: full(grad).clone() for name, grad in named})
-            return super().step(lr)
+            return super().step(lr, **given)
 
     metrics = update(
         model, Probe(model.trainable_parameters(), lr=0.0), data, settings, lr=0.0, reference=reference

@@ -17,8 +17,8 @@ FLOORS = {
     1: "errors config data rewards packing attention run report optim trust budget parallel",
     2: "models engines memory",
     3: "scoring task rollout rollout_codec pipeline evaluate",
-    4: "grpo constraint state snapshot summary",
-    5: "train fit plan generate train_reward reward_plan reward_task doctor compare watch",
+    4: "grpo dumps constraint state snapshot summary",
+    5: "train fit plan generate train_reward reward_plan reward_task doctor compare replay watch",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()} | {"miniature": 4.5}
 

@@ -193,3 +193,15 @@ def test_discarded_gradients_leave_no_trace(dtype, where):
     optimizer.discard()
     found = trained(dirty, optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_though_the_gradient_is_and_leaves_it_unclipped():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Optimizer([weight], lr=0.1)
+    for loss in (torch.tensor(math.nan), math.inf):
+        weight.grad = torch.full((3,), 7.0)
+        assert optimizer.step(0.1, loss=loss) == (pytest.approx(7 * 3**0.5), False)
+        assert weight.grad is None and torch.equal(weight.data, torch.ones(3)) and optimizer.nonfinite == [0]
+    weight.grad = torch.tensor([1.0, math.inf, math.nan])
+    assert optimizer.step(0.1)[1] is False and optimizer.nonfinite == [2]
+    assert optimizer.skipped_steps == 3

@@ -280,3 +280,24 @@ def test_long_runs_are_averaged_and_gaps_stay_open():
     ElementTree.fromstring(stacked_chart(["a", "b"], [1, 2], [[1.0, 2.0], [0.0, 1.0]], "time"))
     constant = Series(name="k", x=[1, 2], y=[0.0, 0.0], colour="red")
     ElementTree.fromstring(line_chart([constant], "constant", floor=0.0))
+
+
+def test_the_step_of_a_warning_is_marked_in_the_charts_it_is_about(tmp_path: Path):
+    synthetic_run(tmp_path / "run", steps=30)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["phase"] == "grpo":
+            row |= {
+                "duplicate_frac": 0.9 if row["step"] > 20 else 0.1,
+                "group_std/tone": 0.3,
+                "group_std/safety": 0.3,
+            }
+            row |= {"reward/tone": 0.5, "reward/safety": 0.5}
+            row |= {"over/kl": 1.0, "warning/limit_kl": 1.0} if row["step"] == 12 else {}
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path / "run").read_text()
+    assert re.findall(r'class="warning">Step (\d+)', page) == ["12", "23"]
+    marked = [
+        re.search(r"aria-label='([^']*)'", svg) for svg in page.split("<svg")[1:] if "class='event'" in svg
+    ]
+    assert [found[1] for found in marked if found] == ["KL divergence", "Repeated outputs"]

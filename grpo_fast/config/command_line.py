@@ -126,6 +126,7 @@ TRAIN: Command[TrainConfig] = Command(
     help=_TrainHelp,
     resumable=(
         "run.",
+        "limits.",
         "device",
         "threads",
         "reward.timeout_s",

@@ -15,6 +15,7 @@ from typing import Literal
 
 from grpo_fast.config.check import check
 from grpo_fast.config.engine_settings import EngineSettings, MemorySettings, ParallelSettings
+from grpo_fast.config.limit_settings import LimitSettings
 
 Preset = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "vespo", "luspo", "rloo", "reinforce_pp"]
 
@@ -298,6 +299,8 @@ class RunSettings:
     """Several processes: each writes its shards, or one of them the whole; any number can go on with either."""
     save_async: bool = True
     """Write checkpoints while training goes on; a step waits for a copy in the host's memory, which must hold it."""
+    max_dumps: int = 3
+    """Skipped steps (non-finite loss or gradient) of which batch and weights are kept for a replay; 0: none."""
     wandb: bool = False
     """Log to Weights & Biases too (TensorBoard always)."""
     samples: int = 8
@@ -362,6 +365,8 @@ class TrainConfig(CommonConfig):
     """The optimizer."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     """What several processes (torchrun) share out, and how; one process ignores it."""
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    """Numbers of a step over which a run warns, and stops after `patience` such steps in a row; 0: no limit."""
     run: RunSettings = field(default_factory=RunSettings)
     """Length of the run and what it leaves behind."""
     miniature: MiniatureSettings = field(default_factory=MiniatureSettings)

@@ -68,6 +68,8 @@ class Optimizer:
         self.masters = [self._master(p) for p in self.parameters]
         self.max_grad_norm = max_grad_norm or math.inf
         self.skipped_steps = 0
+        self.nonfinite: list[int] = []
+        """Of the step that was skipped last: non-finite numbers in each parameter's gradient (this process's part)"""
         self._lowbit = kind == "adamw8bit"
         groups = [
             {"params": [m for m in self.masters if m.ndim >= 2], "weight_decay": weight_decay},
@@ -109,17 +111,29 @@ class Optimizer:
         """The masters in the order of the inner optimizer's states."""
         return [parameter for group in self.inner.param_groups for parameter in group["params"]]
 
-    def step(self, lr: float) -> tuple[float, bool]:
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradient added up since the last step, 0-d; nothing is clipped."""
+        self._port.finish()
+        return torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+
+    def count_nonfinite(self) -> list[int]:
+        """Non-finite numbers in each parameter's gradient; of a shared-out one, in this process's part."""
+        grads = [master.grad for master in self.masters]
+        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        return [0 if part is None else int((~part.isfinite()).sum()) for part in parts]
+
+    def step(self, lr: float, *, loss: Tensor | float = 0.0) -> tuple[float, bool]:
         """Clip the gradient to `max_grad_norm`, update at `lr` and clear it.
 
-        Returns the gradient's norm before clipping, and whether the step was taken: a non-finite gradient changes
-        nothing and is counted in `skipped_steps`.
+        Returns the gradient's norm before clipping, and whether the step was taken: a non-finite gradient or `loss`
+        changes nothing, is counted in `skipped_steps` and looked at in `nonfinite`.
         """
         self.reload()
-        self._port.finish()
-        norm = whole_number(torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
-        taken = math.isfinite(norm)
+        total = self.gradient_norm()
+        norm = whole_number(total)
+        taken = math.isfinite(norm) and math.isfinite(float(loss))
         if taken:
+            torch.nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, total)
             for group in self.inner.param_groups:
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(lr)
@@ -130,6 +144,7 @@ class Optimizer:
             self._publish()
         else:
             self.skipped_steps += 1
+            self.nonfinite = self.count_nonfinite()
         self.inner.zero_grad(set_to_none=True)
         return norm, taken
 

@@ -39,10 +39,13 @@ class Series:
     """Few measurements: dots joined by a dashed line."""
 
 
-def line_chart(series: Sequence[Series], label: str, *, floor: float | None = None) -> Markup:
+def line_chart(
+    series: Sequence[Series], label: str, *, floor: float | None = None, events: Sequence[float] = ()
+) -> Markup:
     """Lines over steps with bands, a light grid and names at the lines' ends.
 
-    `label` is read out by screen readers; `floor` is a value that the vertical axis must reach down to.
+    `label` is read out by screen readers; `floor` is a value that the vertical axis must reach down to, `events` are
+    steps that are marked by an upright line.
     """
     most = _MOST_POINTS if len(series) <= 2 else _MOST_OF_MANY
     lines = [_binned(line, most) for line in series]
@@ -50,7 +53,7 @@ def line_chart(series: Sequence[Series], label: str, *, floor: float | None = No
     named = len(lines) > 1
     right = 12 + (6.8 * max(len(_shortened(line.name)) for line in lines) if named else 0)
     frame = _Frame([x for line in lines for x in line.x], values, right)
-    parts = [frame.axes()]
+    parts = [frame.axes(), *(frame.event(step) for step in events if frame.x0 <= step <= frame.x1)]
     for line in lines:
         points = [frame.point(x, y) for x, y in zip(line.x, line.y, strict=True)]
         if line.spread is not None:
@@ -191,6 +194,14 @@ class _Frame:
         up = ((y if y is not None else self.y0) - self.y0) / (self.y1 - self.y0)
         return self.left + across * (self.right - self.left), HEIGHT - _BOTTOM - up * (
             HEIGHT - _BOTTOM - _TOP
+        )
+
+    def event(self, step: float) -> str:
+        x = self.point(step, self.y0)[0]
+        bottom = HEIGHT - _BOTTOM
+        return (
+            f"<line class='event' x1='{x:.1f}' x2='{x:.1f}' y1='{_TOP}' y2='{bottom}'/>"
+            f"<path class='event-head' d='M{x - 4:.1f},{_TOP}h8l-4,6z'/>"
         )
 
     def axes(self, across: str = "step") -> str:

@@ -12,12 +12,12 @@ from typing import Any
 
 from grpo_fast.errors import UserError
 from grpo_fast.report.charts import Series, line_chart, stacked_chart
+from grpo_fast.report.marks import Marks, marks_of, steps_of, warnings_of
 from grpo_fast.report.reward_page import QUALITY_FILE, write_reward_report
 from grpo_fast.report.template import is_number, page_template
 from grpo_fast.run.command import Parser
 from grpo_fast.run.metrics import PHASES, read_rows, read_summary, write_atomically
 from grpo_fast.run.progress import PHASE_TITLES
-from grpo_fast.trust.watch import Watch
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -46,6 +46,12 @@ _POLICY_CHARTS: list[tuple[str, str, dict[str, str], float | None]] = [
     ),
     ("Completion length", "tokens", {"length_mean": "mean", "length_max": "max"}, 0.0),
     ("Cut off", "share of completions at the length limit", {"truncated_frac": "cut"}, 0.0),
+    (
+        "Repeated outputs",
+        "share of completions said twice in a group, of 4-grams said twice in a completion",
+        {"duplicate_frac": "duplicates", "repetition": "4-grams"},
+        0.0,
+    ),
     ("Groups without signal", "share whose rewards are all alike", {"flat_groups_frac": "share"}, 0.0),
     ("Skipped", "completions that never reach the transformer", {"skipped_sequences": "completions"}, 0.0),
     ("Over-refusal", "harmless held-out prompts refused", {"eval/judge/refusal": "share"}, 0.0),
@@ -103,6 +109,8 @@ def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | No
     names = list(dict.fromkeys([*names, *logged]))
     colours = {objective: f"var(--c{i % 8})" for i, objective in enumerate(names)}
     pairs = _pairs(samples, names)
+    said = warnings_of(grpo, (summary or {}).get("objectives") or {})
+    marks = marks_of(said)
     return page_template("report.html.jinja").render(
         name=(summary or {}).get("name") or name,
         summary=summary,
@@ -111,10 +119,10 @@ def render(name: str, rows: Rows, samples: Rows, summary: Mapping[str, Any] | No
         colours=colours,
         headline=_headline(summary),
         shares=_shares((summary or {}).get("phase_s") or _phase_seconds(rows)),
-        reward_charts=_reward_charts(judged, colours),
-        warnings=_warnings(grpo),
-        trust_charts=_trust_charts(grpo, colours),
-        policy_charts=_charts(judged, _POLICY_CHARTS),
+        reward_charts=_reward_charts(judged, colours, marks),
+        warnings=[(step, text) for step, _, text in said],
+        trust_charts=_trust_charts(grpo, colours, marks),
+        policy_charts=_charts(judged, _POLICY_CHARTS, marks),
         speed_charts=[*_time_chart(grpo), *_charts(grpo, _SPEED_CHARTS)],
         early_charts=_early_charts(rows),
         other_charts=_other_charts(grpo),
@@ -184,16 +192,20 @@ def _series(
 
 
 def _chart(
-    title: str, hint: str, lines: Sequence[Series | None], floor: float | None = None
+    title: str,
+    hint: str,
+    lines: Sequence[Series | None],
+    floor: float | None = None,
+    events: Sequence[float] = (),
 ) -> list[dict[str, Any]]:
     present = [line for line in lines if line is not None]
     if not present:
         return []
-    return [{"title": title, "hint": hint, "svg": line_chart(present, title, floor=floor)}]
+    return [{"title": title, "hint": hint, "svg": line_chart(present, title, floor=floor, events=events)}]
 
 
 def _charts(
-    rows: Rows, wanted: Sequence[tuple[str, str, dict[str, str], float | None]]
+    rows: Rows, wanted: Sequence[tuple[str, str, dict[str, str], float | None]], marks: Marks | None = None
 ) -> list[dict[str, Any]]:
     charts = []
     for title, hint, keys, floor in wanted:
@@ -202,7 +214,7 @@ def _charts(
             _series(rows, key, name, tones[i % 2], marks=key.startswith("eval/"))
             for i, (key, name) in enumerate(keys.items())
         ]
-        charts += _chart(title, hint, lines, floor)
+        charts += _chart(title, hint, lines, floor, steps_of(marks or {}, keys))
     return charts
 
 
@@ -223,36 +235,34 @@ def _judged(rows: Rows, summary: Mapping[str, Any] | None) -> Rows:
     return [first, *rows[:-1], last]
 
 
-def _reward_charts(rows: Rows, colours: Mapping[str, str]) -> list[dict[str, Any]]:
+def _reward_charts(rows: Rows, colours: Mapping[str, str], marks: Marks) -> list[dict[str, Any]]:
     charts = []
     for name, colour in colours.items():
         reward = _series(rows, f"reward/{name}", "reward", colour, f"reward_sem/{name}")
         judge = _series(rows, f"eval/judge/{name}", "judge", "var(--ink)", marks=True)
-        charts += [{**chart, "colour": colour} for chart in _chart(name, "", [reward, judge])]
+        events = steps_of(marks, ["reward/"])
+        charts += [{**chart, "colour": colour} for chart in _chart(name, "", [reward, judge], None, events)]
     spread = [_series(rows, f"group_std/{name}", name, colour) for name, colour in colours.items()]
     return charts + _chart(
-        "Spread in a group", "standard deviation of the rewards of one prompt", spread, 0.0
+        "Spread in a group",
+        "standard deviation of the rewards of one prompt",
+        spread,
+        0.0,
+        steps_of(marks, ["group_std/"]),
     )
 
 
-def _trust_charts(rows: Rows, colours: Mapping[str, str]) -> list[dict[str, Any]]:
+def _trust_charts(rows: Rows, colours: Mapping[str, str], marks: Marks) -> list[dict[str, Any]]:
     by_objective = (
         ("spread", "Uncertainty", "of the reward model, in each objective's unit"),
         ("multiplier", "Multipliers", "weight of the objectives with a floor"),
         ("floor_gap", "Below the floor", "by how much the mean reward misses it"),
     )
-    charts = _charts(rows, _TRUST_CHARTS)
+    charts = _charts(rows, _TRUST_CHARTS, marks)
     for key, title, hint in by_objective:
         lines = [_series(rows, f"{key}/{name}", name, colour) for name, colour in colours.items()]
-        charts += _chart(title, hint, lines, 0.0)
+        charts += _chart(title, hint, lines, 0.0, steps_of(marks, [f"{key}/"]))
     return charts
-
-
-def _warnings(rows: Rows) -> list[tuple[int, str]]:
-    """(step, what was said) of everything the run warned of."""
-    watch = Watch()
-    plain = [{key: value for key, value in row.items() if not key.startswith("warning/")} for row in rows]
-    return [(row["step"], text) for row in plain for text in watch.step(row).values()]
 
 
 def _early_charts(rows: Rows) -> list[dict[str, Any]]:
@@ -280,6 +290,7 @@ def _other_charts(rows: Rows) -> list[dict[str, Any]]:
         "multiplier/",
         "floor_gap/",
         "warning/",
+        "over/",
     )
     charts = []
     for key in sorted({key for row in rows for key in row}):

@@ -53,8 +53,9 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int = 2,
+    kind: str = "checkpoints",
 ) -> Path:
-    """Write `run_dir/checkpoints/step-<step>` and return it; of the older ones the last `keep - 1` stay.
+    """Write `run_dir/<kind>/step-<step>` and return it; of the older ones the last `keep - 1` stay.
 
     `tensors` maps a group ("model", "optimizer") to its named tensors, on any device; they are written one at
     a time, so the host never holds a second copy of the model. Names that share one tensor (tied weights) are
@@ -66,7 +67,7 @@ def save(
     if bad := [name for name in tensors if not _GROUP.fullmatch(name)]:
         raise ValueError(f"a group name must be letters, digits and underscores, got {bad[0]!r}")
     state_text = json.dumps(state, indent=1)
-    folder = Folder(Path(run_dir), step)
+    folder = Folder(Path(run_dir), step, kind)
     try:
         folder.begin()
         files: dict[str, dict[str, Any]] = {}
@@ -87,8 +88,8 @@ def save(
 class Folder:
     """The folder of one checkpoint while it is built: under a hidden name, until everything in it is on the disk."""
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        self.parent, self.step = run_dir / "checkpoints", step
+    def __init__(self, run_dir: Path, step: int, kind: str = "checkpoints") -> None:
+        self.parent, self.step = run_dir / kind, step
         self.target = self.parent / f"step-{step:06d}"
         self.aside = self.parent / f".step-{step:06d}.tmp"
 
@@ -127,13 +128,13 @@ class Folder:
         self.aside.rename(self.target)
         fsync_folder(self.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in [path for path in _all(self.parent.parent) if path != self.target][: -(keep - 1) or None]:
+        for old in [path for path in folders(self.parent) if path != self.target][: -(keep - 1) or None]:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def latest(run_dir: Path | str) -> Path | None:
     """The newest checkpoint folder of a run, or None. It is not verified here: `load` does that."""
-    found = _all(run_dir)
+    found = folders(Path(run_dir) / "checkpoints")
     return found[-1] if found else None
 
 
@@ -245,9 +246,8 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any])
     return {"state": state, "param_groups": groups}
 
 
-def _all(run_dir: Path | str) -> list[Path]:
-    """Every checkpoint folder of a run, oldest first."""
-    parent = Path(run_dir) / "checkpoints"
+def folders(parent: Path) -> list[Path]:
+    """The folders of steps in `parent`, oldest first."""
     found = [path for path in parent.glob("step-*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -339,7 +339,7 @@ def _bytes_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
 def _way_out(path: Path) -> str:
     """The end of an error line: which older checkpoint can be used instead, and how."""
     run_dir = path.parent.parent
-    older = [other for other in _all(run_dir) if other.name != path.name]
+    older = [other for other in folders(Path(run_dir) / "checkpoints") if other.name != path.name]
     good = next((other for other in reversed(older) if verify(other) is None), None)
     if good is None:
         return "; no other checkpoint of this run is whole"

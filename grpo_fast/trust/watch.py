@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo_fast.trust import degeneration
+
 WINDOW = 5
 """Steps that are averaged."""
 OUTSIDE = 0.15
@@ -72,12 +74,34 @@ def _windows(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
     return (min(means[:-WINDOW]), means[-1]) if len(means) > WINDOW else None
 
 
-class Watch:
-    """Keeps the history of a run and says each sign once."""
+_METRICS = {
+    "outside": ("outside_frac",),
+    "distance": ("distance",),
+    "reward_collapse": ("reward/",),
+    "no_spread": ("group_std/",),
+    "limit_kl": ("kl",),
+    "limit_ratio": ("ratio_max",),
+    "limit_grad_norm": ("grad_norm",),
+    "limit_mismatch": ("mismatch_k3",),
+    "limit_skipped": ("loss", "grad_norm"),
+}
 
-    def __init__(self, rows: Sequence[Row] = ()) -> None:
-        """`rows`: the steps that an earlier process took."""
+
+def metrics_of(name: str) -> tuple[str, ...]:
+    """Which metrics a sign (or a limit, `limit_<name>`) is about; one that ends in `/` stands for all that begin so."""
+    if name.startswith("spread/"):
+        return ("spread/",)
+    rule = degeneration.RULES.get(name)
+    return (rule.metric,) if rule else _METRICS.get(name, ())
+
+
+class Watch:
+    """Keeps the history of a run and says each sign once: these, and those of a policy that degenerates."""
+
+    def __init__(self, rows: Sequence[Row] = (), *, weights: Mapping[str, float] | None = None) -> None:
+        """`rows`: the steps that an earlier process took; `weights`: the objectives' (see `degeneration.signs`)."""
         self._rows = [dict(row) for row in rows]
+        self._weights = weights
         self._said = {
             key.removeprefix("warning/") for row in rows for key in row if key.startswith("warning/")
         }
@@ -85,6 +109,7 @@ class Watch:
     def step(self, metrics: Row) -> dict[str, str]:
         """The signs that this step shows for the first time."""
         self._rows.append(dict(metrics))
-        new = {name: text for name, text in signs(self._rows).items() if name not in self._said}
+        found = signs(self._rows) | degeneration.signs(self._rows, self._weights)
+        new = {name: text for name, text in found.items() if name not in self._said}
         self._said |= new.keys()
         return new

@@ -195,9 +195,9 @@ def test_page_locked_memory_is_exactly_as_large_as_asked_for():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_saved_activations_leave_the_device(checkpointing):
     class Probe(Optimizer):
-        def step(self, lr):
+        def step(self, lr, **given):
             gradients.extend(master.grad.clone().cpu() for master in self.masters if master.grad is not None)
-            return super().step(lr)
+            return super().step(lr, **given)
 
     found = {}
     for on_host in (False, True):

@@ -1,0 +1,194 @@
+"""Signs that a policy degenerates: rewards that fall back, groups that are all alike, lengths that run away, entropy
+that is used up, outputs that repeat.
+
+Each compares the mean of the last WINDOW steps with the run's own start, or with its last RECENT steps where a slow
+change is what one trains for. That entropy which is used up stops all progress: Cui et al., arXiv 2505.22617.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+WINDOW = 5
+"""Steps that are averaged."""
+RECENT = 25
+"""Steps within which a length that doubles has exploded; over hundreds of steps it may have been learned."""
+DROP = 0.5
+"""Standard deviations (of the first groups' rewards) by which rewards must have fallen: a window's mean is uncertain by
+about 0.1 at 16 prompts a step."""
+
+Row = Mapping[str, Any]
+Values = list[tuple[int, float]]
+"""(step, value)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One sign: where the last window of a metric is `broken(against, now)`."""
+
+    metric: str
+    against: Literal["start", "lowest", "highest"]
+    """The first window's mean, or the lowest or highest of the last RECENT steps"""
+    broken: Callable[[float, float], bool]
+    sentence: str
+    """With {now}, {against} and {began}: the two means and the first step of the stretch"""
+
+
+RULES: dict[str, Rule] = {
+    "length_explosion": Rule(
+        metric="length_mean",
+        against="lowest",
+        broken=lambda low, now: now > 2 * low and now > low + 16,
+        sentence="completions grow fast, from {against:.0f} to {now:.0f} tokens, since step {began}: look whether they "
+        "still end (samples.jsonl); a reward for length may be behind it (reward.overlong_buffer shapes against it)",
+    ),
+    "length_collapse": Rule(
+        metric="length_mean",
+        against="highest",
+        broken=lambda high, now: now < high / 3,
+        sentence="completions have shrunk from {against:.0f} to {now:.1f} tokens since step {began}: the rewards may "
+        "prefer saying nothing; try loss.aggregation token_mean, a lower optim.lr or an objective against it",
+    ),
+    "truncated": Rule(
+        metric="truncated_frac",
+        against="start",
+        broken=lambda _, now: now > 0.8,
+        sentence="{now:.0%} of the completions are cut off ({against:.0%} in the first steps) since step {began}: "
+        "raise rollout.max_new_tokens, or shape against length (reward.overlong_buffer)",
+    ),
+    "entropy_collapse": Rule(
+        metric="entropy",
+        against="start",
+        broken=lambda start, now: now < max(0.01, 0.1 * start),
+        sentence="the policy's entropy has collapsed to {now:.3g} nats a token from {against:.3g} since step {began}: "
+        "it explores no more; raise loss.clip_high, loss.entropy_coef or rollout.temperature, or lower optim.lr",
+    ),
+    "entropy_explosion": Rule(
+        metric="entropy",
+        against="start",
+        broken=lambda start, now: now > 2 * start + 1,
+        sentence="the policy's entropy has risen to {now:.3g} nats a token from {against:.3g} since step {began}: "
+        "it nears random text; lower optim.lr, or raise loss.kl_coef",
+    ),
+    "flat_groups": Rule(
+        metric="flat_groups_frac",
+        against="start",
+        broken=lambda _, now: now > 0.9,
+        sentence="in {now:.0%} of the groups all completions score alike ({against:.0%} in the first steps) since step "
+        "{began}: hardly anything is learned; take harder prompts, rollout.refill or a larger rollout.group_size",
+    ),
+    "duplicates": Rule(
+        metric="duplicate_frac",
+        against="start",
+        broken=lambda start, now: now > max(0.5, start + 0.3),
+        sentence="{now:.0%} of the completions repeat another of their group ({against:.0%} in the first steps) since "
+        "step {began}: raise rollout.temperature or loss.entropy_coef, or lower optim.lr",
+    ),
+    "loops": Rule(
+        metric="repetition",
+        against="start",
+        broken=lambda start, now: now > max(0.3, start + 0.15),
+        sentence="{now:.0%} of the completions' text repeats itself ({against:.0%} in the first steps) since step "
+        "{began}: the policy goes round in loops, which a reward may favour; lower optim.lr, or raise loss.kl_coef",
+    ),
+}
+
+
+def signs(rows: Sequence[Row], weights: Mapping[str, float] | None = None) -> dict[str, str]:
+    """What the last steps of `rows` (metrics, the first step first) show: name -> sentence. Empty when all is well.
+
+    `weights`: of the objectives, negative where lower is better (default 1 each). Needs two windows of steps.
+    """
+    found: dict[str, str] = {}
+    if len(rows) < 2 * WINDOW:
+        return found
+    for name, rule in RULES.items():
+        values = _values(rows, rule.metric)
+        if len(values) < 2 * WINDOW:
+            continue
+        now = _mean(values[-WINDOW:])
+        against = _against(values, rule.against)
+        if rule.broken(against, now):
+            began = _began(values, lambda value, rule=rule, against=against: rule.broken(against, value))
+            found[name] = rule.sentence.format(now=now, against=against, began=began)
+    found |= _rewards(rows, weights or {})
+    return found
+
+
+def progress(rows: Sequence[Row], weights: Mapping[str, float]) -> Values:
+    """Weighted mean of the objectives' rewards in each step, counted from the first WINDOW steps in standard deviations
+    of their groups, so that objectives of any unit add up."""
+    total, parts = 0.0, []
+    for name in sorted({key.removeprefix("reward/") for key in rows[0] if key.startswith("reward/")}):
+        values, spread = _values(rows, f"reward/{name}"), _values(rows[:WINDOW], f"group_std/{name}")
+        scale, weight = _mean(spread), weights.get(name, 1.0)
+        if len(values) == len(rows) and scale > 0:
+            start = _mean(values[:WINDOW])
+            parts.append([weight * (value - start) / scale for _, value in values])
+            total += abs(weight)
+    if not total:
+        return []
+    return [(step, sum(each) / total) for step, each in enumerate(zip(*parts, strict=True), start=1)]
+
+
+def _rewards(rows: Sequence[Row], weights: Mapping[str, float]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    values = progress(rows, weights)
+    if values:
+        now = _mean(values[-WINDOW:])
+        ends = range(WINDOW, len(values) - WINDOW + 1)
+        best, end = max((_mean(values[end - WINDOW : end]), end) for end in ends)
+        if now < -DROP or (best - now > DROP and now < best / 3):
+            found["reward_collapse"] = (
+                f"the rewards have fallen back to {now:+.2f} standard deviations against the start, from {best:+.2f} "
+                f"at step {values[end - 1][0]}: go back to a checkpoint before that, with a lower optim.lr or a higher "
+                "loss.kl_coef"
+            )
+    names = [key for key in rows[-1] if key.startswith("group_std/")]
+    series = {key: _values(rows, key) for key in names}
+    shares = [
+        _mean(those[-WINDOW:]) / start
+        for those in series.values()
+        if len(those) >= 2 * WINDOW and (start := _mean(those[:WINDOW])) > 0
+    ]
+    if shares and _mean(list(enumerate(shares))) < 0.05:
+        found["no_spread"] = (
+            f"completions of one prompt differ in reward by {_mean(list(enumerate(shares))):.0%} of what they did: "
+            "their comparison is mostly noise by now; stop here, or take harder prompts"
+        )
+    return found
+
+
+def _values(rows: Sequence[Row], key: str) -> Values:
+    """(step, value) of the steps that logged a finite number; steps are counted from 1."""
+    found = ((step, row.get(key)) for step, row in enumerate(rows, start=1))
+    return [
+        (step, float(value))
+        for step, value in found
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
+
+
+def _mean(values: Sequence[tuple[int, float]]) -> float:
+    return sum(value for _, value in values) / len(values) if values else 0.0
+
+
+def _against(values: Values, against: str) -> float:
+    if against == "start":
+        return _mean(values[:WINDOW])
+    recent = values[-RECENT:-WINDOW]
+    means = [_mean(recent[i : i + WINDOW]) for i in range(max(1, len(recent) - WINDOW + 1))]
+    return min(means) if against == "lowest" else max(means)
+
+
+def _began(values: Values, broken: Callable[[float], bool]) -> int:
+    """The first step of the last stretch in which every step is broken by itself, or of the last window."""
+    began = values[-WINDOW][0]
+    for step, value in reversed(values):
+        if not broken(value):
+            break
+        began = min(began, step)
+    return began
