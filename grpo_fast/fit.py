@@ -23,6 +23,7 @@ from grpo_fast.miniature.setup import tiny_config
 from grpo_fast.miniature.tokenizer import build_tokenizer
 from grpo_fast.models import pretrained
 from grpo_fast.models.lora import LoraSettings
+from grpo_fast.parallel.world import world_size
 from grpo_fast.task import lora_settings
 
 MINIATURE_PROMPT_TOKENS = 48
@@ -139,4 +140,6 @@ def work_of(config: TrainConfig, models: Models) -> Work:
         else 0.0,
         merged_copies=config.engine.merge_lora and config.engine.merge_copies == "device",
         fp8_cache=config.engine.kv_dtype == "fp8",
+        ranks=world_size(),
+        reduced_each=config.parallel.reduce == "micro_batch",
     )

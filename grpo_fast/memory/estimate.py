@@ -96,6 +96,10 @@ class Work:
     """Keys and values of the rollouts in 8 bits"""
     activations_on_host: bool = False
     """Kept tensors off the GPU until their backward pass"""
+    ranks: int = 1
+    """Processes that share weights, gradients and states out; the estimate is one's"""
+    reduced_each: bool = False
+    """Whether gradients are summed over processes after each micro-batch, so that none holds the whole"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +275,7 @@ def _total(
     optimizer = 0 if on_gpu and work.optimizer_on_host else masters + state
     optimizer_work = 2 * 4 * counts.largest if work.factored else 0
     reference = counts.total * item if full and work.reference else 0
-    if work.ahead:
+    if work.ahead and work.ranks == 1:
         parameters *= 2
     rewards = sum(weights for weights, _ in scored)
     scoring = max((peak for _, peak in scored), default=0)
@@ -284,16 +288,21 @@ def _total(
         trained=full,
         entropy=work.entropy,
     )
+    gradients, gathered = update.gradients, 0
+    if work.ranks > 1:
+        parameters, gradients, gathered = _shared_out(work, counts, update)
+        optimizer, reference = state // work.ranks, reference // work.ranks
     kept = update.kept
     if on_gpu and work.activations_on_host:
         kept = min(kept, 2 * kept // text.num_hidden_layers)  # one layer's arrive while another's are used
     moved = update.kept - kept
     resident = parameters + reference + rewards + optimizer
-    sums = update.gradients
+    sums = gradients
     if on_gpu and work.optimizer_on_host:
         left = min(sums, 2 * counts.largest * item)  # on their way out
         moved, sums = moved + sums - left, left
-    updating = max(update.at_head - moved + scratch, update.peak - moved, sums + optimizer_work)
+    moved += update.gradients - gradients
+    updating = gathered + max(update.at_head - moved + scratch, update.peak - moved, sums + optimizer_work)
     held = 0
     if work.ahead:
         updating += generating["peak"]
@@ -328,6 +337,23 @@ def _total(
         score=always + held + scoring if scored else 0,
         update=always + held + updating,
     )
+
+
+def _shared_out(work: Work, counts: ParameterCounts, update: UpdateBytes) -> tuple[int, int, int]:
+    """Of one of several processes: its weights and its engine's, its gradients, and what is gathered at a time.
+
+    Gathered are the root's weights (embedding and head) and two layers, one of which is on its way.
+    """
+    item = work.dtype.itemsize
+    frozen = counts.total + counts.adapter - counts.trained
+    own = (4 * counts.trained + item * frozen) // work.ranks
+    engine = (counts.total + counts.adapter) * item if work.engine else 0
+    layers = work.policy.get_text_config(decoder=True).num_hidden_layers
+    layer = (counts.total - counts.head) // layers
+    gradients = update.gradients
+    if work.reduced_each:
+        gradients = gradients // work.ranks + 4 * min(counts.trained, layer)
+    return own + engine, gradients, item * (counts.head + 2 * layer)
 
 
 def rough_bytes(work: Work) -> int:

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def allowed(outcome: Outcome) -> int:
-    """Steps that may be lost: up to an interval, and another one where a checkpoint was being written or found no room."""
+    """Steps that may be lost: an interval, and another one where a checkpoint was being written or found no room."""
     return INTERVAL * (2 if outcome.saving or outcome.moment == "after a full disk" else 1)
 
 

@@ -46,7 +46,7 @@ def counts_e(prompts, completions, **columns):
 FLAGS = (
     "--policy.model {folder}/llama --data.prompts {folder}/prompts.jsonl --data.eval-size 8 --reward.functions "
     "soak_rewards:counts_e --rollout.prompts-per-step 8 --rollout.group-size 8 --rollout.max-new-tokens 32 "
-    "--rollout.ahead --loss.mismatch truncate --optim.lr 1e-4 --loss.kl-coef 0.05 --run.save-every 10 "
+    "--rollout.ahead --loss.mismatch truncate --optim.lr 1e-7 --loss.kl-coef 0.05 --run.save-every 10 "
     "--run.eval-every 25 --run.steps 1000000 --threads 1 --output-dir {folder}/runs --name soak"
 )
 
