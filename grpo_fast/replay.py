@@ -287,9 +287,7 @@ def _look_for_anomaly(dump: Dump, policy: Policy, optimizer: Optimizer, batches:
 
 def _same(now: Tensor, then: Tensor, exact: bool) -> bool:
     if exact:
-        return torch.equal(now.nan_to_num(nan=0.0), then.nan_to_num(nan=0.0)) and torch.equal(
-            now.isnan(), then.isnan()
-        )
+        return torch.allclose(now, then, rtol=0.0, atol=0.0, equal_nan=True)
     return torch.equal(now.isfinite(), then.isfinite())
 
 

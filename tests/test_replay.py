@@ -3,22 +3,27 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from grpo_fast import rollout as rollout_module
-from grpo_fast.config.settings import OptimSettings, RunSettings
+from grpo_fast.config.settings import OptimSettings, PolicySettings, RunSettings
 from grpo_fast.dumps import Dumps
 from grpo_fast.grpo import update
 from grpo_fast.models.policy import LoraSettings, Policy
+from grpo_fast.models.sharded import full as whole
 from grpo_fast.optim.optimizer import Optimizer
+from grpo_fast.parallel.world import World
 from grpo_fast.replay import main
 from grpo_fast.run import checkpoint
 from grpo_fast.run.metrics import read_rows
+from grpo_fast.task import lora_settings
 from grpo_fast.train import main as train
 from tests.grpo_cases import config, policy, rollout
+from tests.ranks import run_on_ranks
 from tests.tiny import TINY_MINIATURE, write_config
 
 FORWARD = Policy.forward
@@ -32,12 +37,11 @@ def exit_code(command, *argv: str | Path) -> int:
 
 def skipped_step(run: Path, settings, *, poison: str = "", lora: LoraSettings | None = None):
     """One update of a policy saved as a run's start; (its weights before, after, metrics, lines, dump)."""
+    policy().save(run / "start")
     model = policy(lora=lora)
-    if lora is None:
-        model.save(run / "start")
     for name, parameter in model.model.named_parameters():
         if name == poison:
-            parameter.data[0, 0] = torch.inf
+            parameter.data.flatten()[3] = torch.inf
     told: list[str] = []
     before = copy.deepcopy(model.state_dict())
     optimizer = Optimizer(model.trainable_parameters(), lr=1e-2)
@@ -103,6 +107,47 @@ def test_one_bad_minibatch_costs_only_itself_and_old_logprobs_are_kept(tmp_path:
     assert exit_code(main, dump) == 0
     out = capsys.readouterr().out
     assert out.count("\n") > 10 and "'" in out
+
+
+def test_adapters_are_kept_and_put_on_the_model_they_belong_to(tmp_path: Path, capsys):
+    settings = replace(config("grpo", 64), policy=PolicySettings(lora_rank=4))
+    bad = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    same, *_, dump = skipped_step(tmp_path, settings, poison=bad, lora=lora_settings(settings))
+    assert same and exit_code(main, dump) == 0
+    groups, _ = checkpoint.load(dump)
+    assert all("lora_" in name for name in groups["model"]) and "ref_logprobs" in groups["batch"]
+    assert "reproduced" in capsys.readouterr().out
+
+
+def skipped_on_ranks(world: World, run: Path) -> tuple[float, list[str], bool]:
+    """The same with the policy shared out."""
+    settings = replace(config("dapo", 40), optim=OptimSettings(token_budget=40, minibatches=2))
+    model = policy(family="llama")
+    if world.is_first:
+        model.save(run / "start")
+    model.model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0, 0] = torch.inf
+    model.shard(world)
+    told: list[str] = []
+    optimizer = Optimizer(model.trainable_parameters(), lr=1e-2)
+    dumps = Dumps(run, settings, model, tell=told.append)
+    before = [whole(parameter).clone() for parameter in model.trainable_parameters()]
+    write = partial(dumps.write, 7)
+    metrics = update(model, optimizer, rollout(), settings, lr=1e-2, on_skip=write)
+    after = [whole(parameter) for parameter in model.trainable_parameters()]
+    same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return metrics["skipped_updates"], told, same
+
+
+def test_several_processes_skip_together_and_one_replays_what_they_did(tmp_path: Path, capsys):
+    (skipped, told, same), (others, _, _) = run_on_ranks(2, skipped_on_ranks, tmp_path)
+    assert skipped == others == 2 and same
+    assert "not finite in" in told[0] and told[1].startswith("replay: ")
+    dump = tmp_path / "dumps" / "step-000007"
+    groups, state = checkpoint.load(dump)
+    assert state["dump"]["processes"] == 2
+    assert len(groups["batch"]["old_logprobs"]) == groups["batch"]["completion_lengths"].sum()
+    assert exit_code(main, dump) == 0
+    assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
 
 
 def test_no_more_dumps_than_asked_for_and_none_where_the_disk_is_full(tmp_path: Path, monkeypatch):

@@ -2,10 +2,12 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from grpo_fast.config.limit_settings import LimitSettings
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.errors import UserError
 from grpo_fast.trust.degeneration import WINDOW, signs
@@ -37,12 +39,14 @@ def test_a_recorded_healthy_run_raises_no_alarm_at_any_step():
 
 
 def test_a_recorded_run_with_30_times_the_learning_rate_is_caught_and_stopped():
-    watch, limits, said = Watch(), Limits(limits_of(TrainConfig())), {}
+    config = replace(TrainConfig(), limits=LimitSettings(kl=2.0))
+    watch, limits, said = Watch(), Limits(limits_of(config)), {}
     stopped = 0
     for step, row in enumerate(recorded("broken"), start=1):
         said |= {name: step for name in watch.step(row) | limits.step(row) if name not in said}
         stopped = stopped or step * limits.exceeded
-    assert said["limit_kl"] <= 6 and said["truncated"] <= 15 and said["entropy_explosion"] <= 20
+    assert said["limit_kl"] <= 6 and said["drift"] == 10  # the first step with two windows
+    assert said["truncated"] <= 15 and said["entropy_explosion"] <= 20
     assert stopped == said["limit_kl"] + 9
     with pytest.raises(UserError, match=r"for 10 steps in a row, now [\d.]+: .*loss.kl_coef; .*--limits.kl"):
         limits.check()
@@ -56,6 +60,7 @@ def test_a_recorded_run_with_30_times_the_learning_rate_is_caught_and_stopped():
         ("truncated", "truncated_frac", 0.1, 0.95),
         ("entropy_collapse", "entropy", 0.6, 0.03),
         ("entropy_explosion", "entropy", 0.6, 3.0),
+        ("drift", "kl", 0.1, 3.0),
         ("flat_groups", "flat_groups_frac", 0.2, 1.0),
         ("duplicates", "duplicate_frac", 0.05, 0.8),
         ("loops", "repetition", 0.05, 0.6),

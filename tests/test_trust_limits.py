@@ -75,7 +75,7 @@ def test_zero_is_no_limit_and_the_mismatch_follows_the_engines():
     def metrics(**changed) -> dict[str, float]:
         return {limit.name: limit.most for limit in limits_of(replace(TrainConfig(), **changed))}
 
-    assert metrics() == {"kl": 2.0, "ratio": 100.0, "grad_norm": 1000.0, "mismatch": 0.05, "skipped": 0.0}
+    assert metrics() == {"kl": 10.0, "ratio": 100.0, "grad_norm": 1000.0, "mismatch": 0.05, "skipped": 0.0}
     off = LimitSettings(kl=0.0, ratio=0.0, grad_norm=0.0, mismatch=0.0, skipped=0)
     assert metrics(limits=off) == {}
     assert metrics(engine=EngineSettings(max_mismatch=0.4))["mismatch"] == 0.2

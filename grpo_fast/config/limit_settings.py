@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class LimitSettings:
     """Numbers of a step over which a run warns, and stops after `patience` such steps in a row; 0: no limit."""
 
-    kl: float = 2.0
-    """KL divergence from the reference, a token; healthy runs stay under 0.5."""
+    kl: float = 10.0
+    """KL divergence from the reference, a token; a pretrained model is lost long before: 2 suits it."""
     ratio: float = 100.0
     """Largest probability ratio of a token, new to old policy."""
     grad_norm: float = 1000.0

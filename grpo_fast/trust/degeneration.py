@@ -73,6 +73,13 @@ RULES: dict[str, Rule] = {
         sentence="the policy's entropy has risen to {now:.3g} nats a token from {against:.3g} since step {began}: "
         "it nears random text; lower optim.lr, or raise loss.kl_coef",
     ),
+    "drift": Rule(
+        metric="kl",
+        against="start",
+        broken=lambda _, now: now > 1,
+        sentence="the policy has gone {now:.2g} nats a token away from its reference since step {began}: lower optim.lr, "
+        "raise loss.kl_coef, and see whether the completions still make sense (limits.kl ends a run)",
+    ),
     "flat_groups": Rule(
         metric="flat_groups_frac",
         against="start",

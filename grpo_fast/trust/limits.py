@@ -130,16 +130,16 @@ class Limits:
             self._over[limit.name] = over
             if not over:
                 continue
-            bound = f"over its limit of {limit.most:g} ({limit.flag})"
+            now, most = _shown(metrics, limit), f"{limit.most:g} ({limit.flag})"
             if over % limit.patience == 0:
                 self._end = self._end or (
-                    f"{limit.what} has been {bound} for {over} steps in a row, now {_shown(metrics, limit)}: "
+                    f"{limit.what} has been over its limit of {most} for {over} steps in a row, now {now}: "
                     f"{limit.advice}"
                 )
             if limit.name not in self._said or over == (limit.patience + 1) // 2:
                 self._said.add(limit.name)
                 said[f"limit_{limit.name}"] = (
-                    f"{limit.what} is {bound}: {_shown(metrics, limit)}, {over} of the {limit.patience} steps in a row "
+                    f"{limit.what} is over its limit of {most}: {now}, {over} of the {limit.patience} steps in a row "
                     f"that end the run; {limit.advice}"
                 )
         return said
