@@ -3,12 +3,17 @@
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
+from grpo_fast.shown import error_line
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: what was wrong, where, and what would be right.
 
-    The commands print it without a traceback and exit with code 2.
+    The commands print it without a traceback and exit with code 2. Whatever it quotes, it is fit to be printed.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(error_line(message))
 
 
 class Stopped(Exception):

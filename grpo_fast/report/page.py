@@ -17,6 +17,7 @@ from grpo_fast.report.template import is_number, page_template
 from grpo_fast.run.command import Parser
 from grpo_fast.run.metrics import PHASES, read_rows, read_summary, write_atomically
 from grpo_fast.run.progress import PHASE_TITLES
+from grpo_fast.run.shapes import METRICS, SAMPLES
 from grpo_fast.trust.watch import Watch
 
 Rows = Sequence[Mapping[str, Any]]
@@ -82,14 +83,14 @@ def write_report(run_dir: Path | str) -> Path:
             f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}"
         )
     config = run / "config.toml"
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_rows(run / "metrics.jsonl", METRICS)
     summary = read_summary(run)
     if not rows and summary is None and not config.exists():
         raise UserError(
             f"{run} is not the folder of a run: it has no config.toml, metrics.jsonl or summary.json"
         )
     config_toml = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
-    html = render(run.resolve().name, rows, read_rows(run / "samples.jsonl"), summary, config_toml)
+    html = render(run.resolve().name, rows, read_rows(run / "samples.jsonl", SAMPLES), summary, config_toml)
     write_atomically(run / "report.html", html)
     return run / "report.html"
 

@@ -16,7 +16,6 @@ run it holds no script, loads nothing and shows every text as text. The files, a
 - `config.toml`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.report.charts import Series, heat_map, line_chart, reliability_chart, scatter_chart
 from grpo_fast.report.template import figure, is_number, page_template
 from grpo_fast.run.metrics import read_rows, read_summary, write_atomically
+from grpo_fast.run.shapes import METRICS, SAMPLES, parsed
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,7 +40,8 @@ def write_reward_report(run_dir: Path | str) -> Path:
     quality = _read_quality(run)
     config = run / "config.toml"
     config_toml = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
-    rows, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
+    rows = read_rows(run / "metrics.jsonl", METRICS)
+    samples = read_rows(run / "samples.jsonl", SAMPLES)
     html = render(run.resolve().name, rows, samples, read_summary(run), quality, config_toml)
     write_atomically(run / "report.html", html)
     return run / "report.html"
@@ -90,16 +91,13 @@ def render(
 def _read_quality(run: Path) -> dict[str, Any]:
     path = run / QUALITY_FILE
     try:
-        quality = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(quality, dict):
-            raise ValueError("not an object")
+        return parsed(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"{run} is not the folder of a reward model's run: {QUALITY_FILE}: {error.strerror or error}"
         ) from error
     except ValueError as error:
         raise UserError(f"{path}: expected a JSON object ({error})") from error
-    return quality
 
 
 def _headline(

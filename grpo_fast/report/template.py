@@ -1,6 +1,5 @@
 """What the pages share: their templates, and how figures are written."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -8,7 +7,11 @@ from typing import Any, TypeGuard
 from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
-from grpo_fast.run.progress import duration, plain_text, si
+from grpo_fast.run.progress import duration, si
+from grpo_fast.shown import plain_text
+
+LARGEST = 1e100
+"""Of the numbers in charts: sums and squares of them are still numbers."""
 
 
 def page_template(name: str, *folders: Path) -> Template:
@@ -45,9 +48,9 @@ def interval(measured: Mapping[str, Any] | None, sign: bool = False) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one that a chart can place: finite, and no bool, text or None."""
+    """Whether it is one that a chart can place: of a size that can be drawn, and no bool, text or None."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and abs(value) <= sys.float_info.max
+    return known and abs(value) <= LARGEST
 
 
 def _clean(value: Any) -> Any:

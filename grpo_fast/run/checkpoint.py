@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grpo_fast import __version__
 from grpo_fast.errors import UserError
+from grpo_fast.run.inside import refuse_links
 
 FORMAT = "grpo_fast checkpoint"
 FORMAT_VERSION = 1
@@ -95,6 +96,7 @@ class Folder:
     def begin(self) -> None:
         """Make the hidden folder; those of a process that was killed while it saved go away."""
         self.parent.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.parent.parent)
         for leftover in self.parent.glob(".step-*.tmp*"):
             shutil.rmtree(leftover)
         self.aside.mkdir()
@@ -177,7 +179,7 @@ def verify(path: Path | str) -> str | None:
         manifest = json.loads(file.read_text())
     except FileNotFoundError:
         return f"{file}: missing, so this folder is not a checkpoint"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{file}: expected the checkpoint's JSON manifest, cannot read it ({_one_line(error)})"
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return f"{file}: expected format {FORMAT!r}, found another program's file"
@@ -193,13 +195,13 @@ def verify(path: Path | str) -> str | None:
         listed = {f"{group}.safetensors" for group in manifest["aliases"]} | {"state.json"}
         if manifest["format_version"] == SHARDS_VERSION:
             listed = {str(name) for name in expected if str(name).endswith(".safetensors")} | {"state.json"}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return f"{file}: expected a list of files with size and sha256, found something else"
     if listed != set(expected):
         return f"{file}: expected the files {sorted(listed)}, found {sorted(expected)}"
     for name, (size, sha256) in expected.items():
         part = path / name
-        if Path(name).name != name or not part.is_file():
+        if Path(name).name != name or not part.is_file() or part.is_symlink():
             return f"{part}: missing, expected {size} bytes"
         if (found := part.stat().st_size) != size:
             return f"{part}: expected {size} bytes, found {found} (truncated or overwritten)"
@@ -248,7 +250,11 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any])
 def _all(run_dir: Path | str) -> list[Path]:
     """Every checkpoint folder of a run, oldest first."""
     parent = Path(run_dir) / "checkpoints"
-    found = [path for path in parent.glob("step-*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    found = [
+        path
+        for path in parent.glob("step-*")
+        if _FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 

@@ -8,28 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from grpo_fast.run.terminal import Terminal
+from grpo_fast.shown import plain_text
+
 PHASES = ("warm_start", "reward_model", "grpo")  # in the order a run goes through them
 PHASE_TITLES = {"warm_start": "warm start", "reward_model": "reward model", "grpo": "GRPO"}
 COLOURS = ["cyan", "magenta", "green", "yellow", "blue", "red"]  # of the objectives, in their order
 _SPARKS = "▁▂▃▄▅▆▇█"
-
-
-def plain_text(text: str, *, one_line: bool = False) -> str:
-    """The text without anything a terminal obeys: escape sequences, control and direction characters.
-
-    Newlines and tabs stay, or become spaces with `one_line`.
-    """
-    keep = "" if one_line else "\n\t"
-    if one_line:
-        text = " ".join(text.split())
-    return "".join(c if c in keep or not _obeyed(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class Progress:
@@ -43,7 +35,7 @@ class Progress:
     def __init__(self, objectives: Sequence[str] = (), *, file: TextIO | None = None) -> None:
         self.file = file or sys.stdout
         self.objectives = list(objectives)
-        self.console = Console(file=self.file)
+        self.console = Terminal(file=self.file)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._phase, self._total, self._done_phases = "", 0, ""
         self._step, self._first_step, self._started = 0, 0, time.perf_counter()
@@ -249,15 +241,3 @@ def si(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.3g}{suffix}"
     return f"{value:.3g}"
-
-
-def _obeyed(character: str) -> bool:
-    code = ord(character)
-    return (
-        code < 0x20
-        or 0x7F <= code < 0xA0
-        or 0xD800 <= code < 0xE000  # lone surrogates, which no output encoding takes
-        or code in (0x061C, 0x200E, 0x200F, 0x2028, 0x2029)
-        or 0x202A <= code <= 0x202E
-        or 0x2066 <= code <= 0x2069
-    )
