@@ -5,6 +5,9 @@ from difflib import SequenceMatcher
 
 from grpo_fast.shown import error_line
 
+LONGEST_NAME = 200
+"""Characters of a name that may have been meant for another."""
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: what was wrong, where, and what would be right.
@@ -26,6 +29,8 @@ class HalfUpdated(UserError):
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, by the whole or by the part after the last dot; None: none is."""
+    if len(name) > LONGEST_NAME:  # comparing takes the product of the lengths
+        return None
 
     def likeness(candidate: str) -> float:
         whole = SequenceMatcher(None, name.lower(), candidate.lower()).ratio()

@@ -102,7 +102,9 @@ def load_config(path: str | Path, what: str, **overrides: Any) -> PreTrainedConf
     """The configuration of a saved model; UserError when it cannot be read."""
     source = locate(path, what)
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **overrides)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **overrides)
+        _check_config(config)
+        return config
     except Exception as error:  # transformers checks little of what is in the file
         _refuse_code(error, f"{what} {path}")
         if isinstance(error, OSError) and not Path(path).exists():
@@ -111,6 +113,18 @@ def load_config(path: str | Path, what: str, **overrides: Any) -> PreTrainedConf
                 "the folder of a saved model, or a hub id with the network on"
             ) from error
         raise UserError(f"{what} {path}: cannot read its configuration: {one_line(error)}") from error
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    """ValueError where what is read of every configuration is not of its kind; transformers takes any."""
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"architectures must be a list of names, got {names!r}")
+    text = config.get_text_config()
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        value = getattr(text, name, None)
+        if value is not None and (type(value) is not int or not 0 < value < 2**31):
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
 
 
 def load_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:

@@ -139,7 +139,7 @@ def _headline(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
         v
         for pair in found.values()
         for m in pair
-        for v in [m["mean"], *(m.get("ci95") or [])]
+        for v in [m.get("mean"), *(m.get("ci95") or [])]
         if v is not None
     ]
     if not ends:
@@ -157,7 +157,7 @@ def _headline(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
             "width": 100 * (b - a) / span,
         }
 
-    usable = {n: p for n, p in found.items() if all(m["mean"] is not None for m in p)}
+    usable = {n: p for n, p in found.items() if all(m.get("mean") is not None for m in p)}
     return {
         "source": source,
         "rows": {
@@ -179,7 +179,9 @@ def _series(
         x=[row["step"] for row in there],
         y=[row[key] if is_number(row[key]) else None for row in there],
         colour=colour,
-        spread=[1.96 * (row.get(spread) or 0.0) for row in there] if spread and spread in there[0] else None,
+        spread=[1.96 * s if is_number(s := row.get(spread)) else 0.0 for row in there]
+        if spread and spread in there[0]
+        else None,
         marks=marks,
     )
 

@@ -28,8 +28,8 @@ def page_template(name: str, *folders: Path) -> Template:
 
 
 def figure(value: float | None) -> str:
-    """A number of the text, three decimals: what summary.json says, rounded."""
-    if value is None:
+    """A number of the text, three decimals: what summary.json says, rounded; – for what is none."""
+    if not isinstance(value, int | float):
         return "–"
     text = f"{value:.3f}".replace("-", "−")
     return "0.000" if text == "−0.000" else text
@@ -38,7 +38,7 @@ def figure(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """`figure` with its sign."""
     text = figure(value)
-    return text if value is None or text == "0.000" or text.startswith("−") else f"+{text}"
+    return text if text in ("–", "0.000") or text.startswith("−") else f"+{text}"
 
 
 def interval(measured: Mapping[str, Any] | None, sign: bool = False) -> str:

@@ -158,9 +158,27 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Groups, 
                 named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise UserError(f"{file}: not a readable safetensors file ({error})" + _way_out(path)) from error
-        named.update({alias: named[original] for alias, original in aliases.items()})
+        try:
+            named.update({alias: named[original] for alias, original in aliases.items()})
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: its manifest names tied weights that are not there" + _way_out(path)
+            ) from None
         groups[group] = named
-    return groups, json.loads((path / "state.json").read_text())
+    return groups, read_state(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint that is whole; UserError where it is not what `save` writes."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path / 'state.json'}: cannot be read ({_one_line(error)})" + _way_out(path)
+        ) from error
+    return state
 
 
 def check(path: Path) -> None:

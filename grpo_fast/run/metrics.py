@@ -22,7 +22,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.run.follow import ENDING, note_ending
 from grpo_fast.run.inside import refuse_links
 from grpo_fast.run.progress import PHASES
-from grpo_fast.run.shapes import METRICS, SAMPLES, SUMMARY, Shape, parsed
+from grpo_fast.run.shapes import METRICS, SAMPLES, SUMMARY, Shape, is_finite, parsed
 
 _CLOCK_KEYS = ("time_s", "tokens_per_s", "memory_gib")
 
@@ -55,11 +55,11 @@ class RunLogger:
         self._running: list[str] = []  # names of the phase timers now open, outermost first
         for row in earlier:
             for key, value in row.items():
-                if key.startswith("time/") and key != "time/step_s":
+                if key.startswith("time/") and key != "time/step_s" and is_finite(value):
                     name = key.removeprefix("time/").removesuffix("_s")
-                    self.phase_s[name] = self.phase_s.get(name, 0.0) + (value or 0.0)
+                    self.phase_s[name] = self.phase_s.get(name, 0.0) + value
         now = time.perf_counter()
-        self._start = now - (earlier[-1]["time_s"] if earlier else 0.0)
+        self._start = now - ((earlier[-1].get("time_s") or 0.0) if earlier else 0.0)
         self._mark = self._last_step = now
         self._files: dict[str, FileIO] = {}
         self._tensorboard: dict[str, Any] = {}

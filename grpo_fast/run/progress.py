@@ -120,7 +120,7 @@ class Progress:
             if self._row.get(key := f"reward/{name}") is not None
         ]
         parts += [f"{label} {value}" for label, value in self._numbers()]
-        return "  ".join([*parts, f"left {self._left()}"])
+        return "  ".join(plain_text(part, one_line=True) for part in [*parts, f"left {self._left()}"])
 
     def _redraw(self) -> None:
         if self._live:
@@ -220,9 +220,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """The values as a line of block characters, averaged down to at most `width` of them."""
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    means = [sum(value / (b - a) for value in values[a:b]) for a, b in itertools.pairwise(edges)]
     low, span = min(means), max(means) - min(means)
-    return "".join(_SPARKS[min(7, int(8 * (value - low) / span))] if span else _SPARKS[0] for value in means)
+    if not 0 < span < math.inf:
+        return _SPARKS[0] * len(means)
+    return "".join(_SPARKS[min(7, int(8 * ((value - low) / span)))] for value in means)
 
 
 def duration(seconds: float) -> str:

@@ -73,11 +73,11 @@ def misfit(value: Any, shape: Shape, name: str = "") -> str:
     """What about `value` is not of the shape, in words; empty where it fits."""
     if isinstance(shape, str):
         fits = _FITS[shape](value)
-        return "" if fits else f"{shown(name)} must be {_WORDS[shape]}, got {shown(value)}"
+        return "" if fits else f"{_named(name)} must be {_WORDS[shape]}, got {shown(value)}"
     if value is None and name:
         return ""
     if not isinstance(value, dict):
-        return f"{shown(name)} must be an object, got {shown(value)}"
+        return f"{_named(name)} must be an object, got {shown(value)}"
     if isinstance(shape, Each):
         inner = dict.fromkeys(value, shape.shape)
     else:
@@ -88,6 +88,10 @@ def misfit(value: Any, shape: Shape, name: str = "") -> str:
     places = ((key, kind) for key, kind in inner.items() if kind is not None)
     problems = (misfit(value.get(key), kind, f"{name}.{key}" if name else key) for key, kind in places)
     return next((problem for problem in problems if problem), "")
+
+
+def _named(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:79]}…")
 
 
 def is_finite(value: Any) -> bool:
