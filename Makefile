@@ -21,6 +21,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	@$(BIN)/python tests/audit.py
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,9 +26,11 @@ from grpo_fast.run.metrics import RunLogger, write_atomically
 from grpo_fast.run.progress import Progress
 from grpo_fast.run.terminal import Terminal
 from grpo_fast.shown import LONGEST, error_line, plain_text, without_secrets
+from grpo_fast.train import main
+from tests.audit import audit
 from tests.fuzz.run_targets import FILES, MEAN, written
 from tests.judge_server import MODEL, JudgeServer
-from tests.tiny import save_policy
+from tests.tiny import save_policy, write_prompts
 from tests.tiny_models import byte_tokenizer, causal_model
 
 SECRET = "recognisable-secret-7f3a"
@@ -236,47 +237,28 @@ def test_no_message_repeats_a_secret(words, tmp_path, monkeypatch):
     assert SECRET not in str(refused.value) and not list(tmp_path.iterdir())
 
 
-def test_a_run_with_a_key_leaves_no_trace_of_it(tmp_path):
-    """A judge that repeats the key it was sent; a whole short run, and everything it printed and wrote."""
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one two three"}\n' * 4)
+def test_a_run_with_a_key_leaves_no_trace_of_it(tmp_path, monkeypatch, capfd):
+    """A whole short run whose judge wants a key, and everything that it printed and wrote."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    write_prompts(tmp_path / "prompts.jsonl", 6)
     save_policy(tmp_path / "policy", "llama")
     with JudgeServer(key=SECRET) as server:
-        words = ["--policy.model", "policy", "--data.prompts", "prompts.jsonl", "--data.eval_size", "1"]
-        words += ["--judge.url", server.url, "--judge.model", MODEL, "--judge.rubrics", "kind=is kind"]
-        words += [
-            "--judge.api_key_env",
-            "JUDGE_KEY",
-            "--judge.cache",
-            "cache",
-            "--run.steps",
-            "1",
-            "--name",
-            "r",
-        ]
-        words += [
-            "--rollout.max_new_tokens",
-            "4",
-            "--rollout.prompts_per_step",
-            "2",
-            "--rollout.group_size",
-            "2",
-        ]
-        environment = os.environ | {"JUDGE_KEY": SECRET, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [sys.executable, "-m", "grpo_fast.train", *words],
-            capture_output=True,
-            cwd=tmp_path,
-            env=environment,
+        words = (
+            f"--policy.model ./policy --data.prompts prompts.jsonl --data.eval_size 2 --name r --run.steps 1 "
+            f"--judge.url {server.url} --judge.model {MODEL} --judge.rubrics kind=good --judge.cache cache "
+            "--judge.api_key_env JUDGE_KEY --rollout.max_new_tokens 4 --rollout.prompts_per_step 2 "
+            "--rollout.group_size 2 --threads 1"
         )
-    assert done.returncode == 0, done.stderr.decode()
-    assert server.authorised, "the key was sent"
-    found = [
-        path
-        for path in (tmp_path / "runs").rglob("*")
-        if path.is_file() and SECRET.encode() in path.read_bytes()
+        with pytest.raises(SystemExit) as ended:
+            main(words.split())
+    said = "".join(capfd.readouterr())
+    assert ended.value.code == 0, said
+    written = [
+        path for folder in ("runs", "cache") for path in (tmp_path / folder).rglob("*") if path.is_file()
     ]
-    found += [path for path in (tmp_path / "cache").rglob("*") if SECRET.encode() in path.read_bytes()]
-    assert not found and SECRET.encode() not in done.stdout + done.stderr
+    assert len(written) > 8 and "JUDGE_KEY" in (tmp_path / "runs" / "r" / "config.toml").read_text()
+    assert SECRET not in said and not [path for path in written if SECRET.encode() in path.read_bytes()]
 
 
 # ---- models that bring programs ----
@@ -446,3 +428,34 @@ def test_a_started_server_cannot_be_opened_to_the_network(option):
 def test_a_server_of_another_machine_is_asked_for_by_name():
     with pytest.raises(UserError, match="allow_remote"):
         parse(["--engine.kind", "vllm", "--engine.url", "http://192.168.1.2:8000"])
+
+
+# ---- what is installed ----
+
+
+@pytest.mark.parametrize(
+    ("printed", "said", "code"),
+    [
+        (
+            {"dependencies": [{"name": "a", "version": "1", "vulns": []}]},
+            "no known vulnerability in 1 packages",
+            0,
+        ),
+        ({"dependencies": [{"name": "a", "skip_reason": "not found"}]}, "audit skipped: nothing is known", 0),
+        (
+            {
+                "dependencies": [
+                    {"name": "a", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
+                ]
+            },
+            "audit: a 1: CVE-1, mended in 2",
+            1,
+        ),
+        ("ConnectionError: host.example", "audit skipped: cannot reach the data of vulnerabilities", 0),
+    ],
+)
+def test_the_audit_fails_where_something_is_known_and_says_where_it_could_not_look(printed, said, code):
+    text = printed if isinstance(printed, str) else json.dumps(printed)
+    found = audit((sys.executable, "-c", f"print({text!r})"))
+    assert found[1] == code and said in found[0]
+    assert "example" not in found[0]
