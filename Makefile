@@ -21,6 +21,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	@$(BIN)/python tests/audit.py
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
@@ -34,7 +35,7 @@ bench: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
-	@echo "read it: $(BIN)/python -m http.server -d site 8000"
+	@echo "read it: $(BIN)/python -m http.server --bind 127.0.0.1 -d site 8000"
 
 gpu-test:
 	$(GPU_ENV) $(GPU_PYTHON) -m pytest tests/gpu -m gpu -p no:cacheprovider $(ARGS)

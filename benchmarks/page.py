@@ -132,7 +132,12 @@ def page_of(source: Path, *, command: str | None = None) -> Path | None:
     device = "-".join(str(record.get("device", "")).lower().split())
     drawn += sorted(path for path in source.parent.glob("*.png") if path.stem.startswith(f"{kind}-{device}"))
     pictures = [Picture(path=path) for path in dict.fromkeys(drawn) if path.is_file()]
-    title, what, tables, notes = shown(record)
+    try:
+        title, what, tables, notes = shown(record)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: not what its benchmark writes ({type(error).__name__}: {error})"
+        ) from error
     try:
         return write_page(
             source.with_suffix(".html"),
@@ -163,7 +168,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or not (record.get("benchmark") or record.get("suite")):
         raise UserError(f'{path} is no record of a benchmark: a JSON object with a "benchmark" is expected')

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +12,8 @@ from grpo_fast.errors import UserError
 from grpo_fast.report.compare_page import RunFiles, different_settings, outcomes, read_runs, render
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import write_atomically
-from grpo_fast.run.progress import plain_text
+from grpo_fast.run.terminal import Terminal
+from grpo_fast.shown import plain_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def _command(argv: Sequence[str] | None) -> int:
     if len(args.runs) < 2:
         raise UserError(f"two runs or more are needed, got {args.runs[0]} alone")
     runs = read_runs(args.runs)
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     console.print(_table("what came of it", runs, outcomes(runs)))
     differing = different_settings(runs)
     console.print(

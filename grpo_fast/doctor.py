@@ -22,13 +22,14 @@ from grpo_kernels import linear_logprob
 from grpo_kernels import reference as plain
 from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from grpo_fast.attention import backends
 from grpo_fast.attention.backends import Case
 from grpo_fast.memory.device import available_bytes
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
+from grpo_fast.run.terminal import Terminal
 
 GIB = 2**30
 OPTIONAL = {
@@ -70,7 +71,7 @@ def _command(argv: Sequence[str] | None) -> int:
     if args.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
-        console = Console(soft_wrap=True)
+        console = Terminal(soft_wrap=True)
         console.print(table(findings))
         console.print(verdict(findings), style="bold")
     return 1 if any(finding.state == "problem" for finding in findings) else 0
@@ -93,7 +94,7 @@ def table(findings: Sequence[Finding]) -> Table:
     colours, last = {"fine": "green", "note": "yellow", "problem": "red bold"}, ""
     for finding in findings:
         drawn.add_row(
-            "" if finding.part == last else f"[bold]{finding.part}",
+            "" if finding.part == last else Text(finding.part, style="bold"),
             finding.what,
             finding.says,
             style=None if finding.state == "fine" else colours[finding.state],

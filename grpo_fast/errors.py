@@ -3,12 +3,20 @@
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
+from grpo_fast.shown import error_line
+
+LONGEST_NAME = 200
+"""Characters of a name that may have been meant for another."""
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: what was wrong, where, and what would be right.
 
-    The commands print it without a traceback and exit with code 2.
+    The commands print it without a traceback and exit with code 2. Whatever it quotes, it is fit to be printed.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(error_line(message))
 
 
 class Stopped(Exception):
@@ -21,6 +29,8 @@ class HalfUpdated(UserError):
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, by the whole or by the part after the last dot; None: none is."""
+    if len(name) > LONGEST_NAME:  # comparing takes the product of the lengths
+        return None
 
     def likeness(candidate: str) -> float:
         whole = SequenceMatcher(None, name.lower(), candidate.lower()).ratio()

@@ -5,7 +5,7 @@ Letters: n prompts, R objectives.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.engines.base import RolloutEngine
+from grpo_fast.run.shapes import is_finite
 from grpo_fast.task import Task
 
 
@@ -26,6 +27,29 @@ class Evaluation:
     rewards: list[list[float | None]]  # (n, R)
     judged: list[dict[str, float]] | None  # (n)
 
+    @classmethod
+    def of(cls, saved: Any) -> "Evaluation":
+        """From what `asdict` gave, read back from JSON; ValueError for anything else."""
+        if not isinstance(saved, dict) or saved.keys() != {field.name for field in fields(cls)}:
+            raise ValueError("not the fields of an evaluation")
+        names, size = saved["names"], len(_list_of(saved["completions"], str))
+        _list_of(names, str)
+        _list_of(saved["finish_reasons"], str)
+        judged = saved["judged"]
+        for row in [
+            *saved["rewards"],
+            *([] if judged is None else (list(scores.values()) for scores in judged)),
+        ]:
+            if not all(value is None or is_finite(value) for value in row):
+                raise ValueError("scores that are no numbers")
+        if any(len(row) != len(names) for row in saved["rewards"]) or any(
+            len(part) != size
+            for part in (saved["finish_reasons"], saved["rewards"], judged)
+            if part is not None
+        ):
+            raise ValueError("lists of different lengths")
+        return cls(**saved)
+
     def reward(self, name: str) -> Tensor:
         """Rewards (n,) float64 of one objective, NaN where missing."""
         column = self.names.index(name)
@@ -35,7 +59,13 @@ class Evaluation:
         """The judge's scores (n,) float64 under `name`, NaN where it gives none; None without a judge."""
         if self.judged is None or not any(name in scores for scores in self.judged):
             return None
-        return torch.tensor([scores.get(name, math.nan) for scores in self.judged], dtype=torch.float64)
+        return torch.tensor([_nan(scores.get(name)) for scores in self.judged], dtype=torch.float64)
+
+
+def _list_of(value: Any, kind: type) -> list[Any]:
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise ValueError(f"not a list of {kind.__name__}")
+    return value
 
 
 def evaluate(task: Task, engine: RolloutEngine, config: TrainConfig, *, seed: int) -> Evaluation:

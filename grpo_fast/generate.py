@@ -23,7 +23,7 @@ from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.models.reward_set import RewardSet, read_saved
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import read_summary
-from grpo_fast.run.progress import plain_text
+from grpo_fast.shown import plain_text
 from grpo_fast.task import sampling_of
 
 

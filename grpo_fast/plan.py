@@ -1,7 +1,6 @@
 """`--dry-run`: what a run would do and what it would need, said before it starts."""
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
@@ -15,6 +14,7 @@ from grpo_fast.memory.passes import ParameterCounts
 from grpo_fast.miniature.setup import TRAINING_PROMPTS
 from grpo_fast.miniature.world import OBJECTIVES
 from grpo_fast.rewards.functions import objective_weights
+from grpo_fast.run.terminal import Terminal
 from grpo_fast.task import Inputs, Task, load
 
 
@@ -24,7 +24,7 @@ def print_plan(config: TrainConfig, inputs: Inputs) -> None:
     device = resolve_device(config)
     work = work_of(config, models_of(config))
     counts, estimate = Planner(work).counts_and_estimate()
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     console.print(_memory_table(estimate, device, config))
     task = load(config, inputs) if config.policy.model else None
     console.print(_plan_table(config, work.policy, counts, task))

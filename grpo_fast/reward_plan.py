@@ -1,6 +1,5 @@
 """`--dry-run` of a reward model's training: what it would learn from, and on what."""
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedConfig
@@ -13,6 +12,7 @@ from grpo_fast.models.reward_backbone import empty_classifier, length_limit, lin
 from grpo_fast.models.reward_fit import steps_of
 from grpo_fast.models.reward_text import encode_examples
 from grpo_fast.reward_task import Rated, counts
+from grpo_fast.run.terminal import Terminal
 
 GIB = 2**30
 
@@ -41,7 +41,7 @@ def print_reward_plan(config: RewardConfig, rated: Rated) -> None:
     held = total * item + trained * (4 + state + (0 if item == 4 else 4))
     steps = steps_of(len(examples), config.optim.batch_size, config.run.epochs)
 
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     heads = Table(title="Heads", title_justify="left")
     for column in ("head", "kind", "scale", "training", "held out"):
         heads.add_column(column, justify="left" if column in ("head", "kind") else "right")
@@ -60,7 +60,7 @@ def print_reward_plan(config: RewardConfig, rated: Rated) -> None:
     table.add_row("memory", f"{held / GIB:.2f} GiB on {device} for weights, gradients and optimizer")
     console.print(table)
     for warning in (*rated.training.warnings, *rated.heldout.warnings):
-        console.print(f"warning: {warning}", markup=False)
+        console.print(f"warning: {warning}")
     console.print("Everything was checked; leave --dry-run out to start.")
 
 

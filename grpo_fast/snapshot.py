@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -93,6 +94,30 @@ def put_back(
 ) -> tuple[Named, dict[str, Any]]:
     """Load a checkpoint into model and optimizer; returns its `extra` tensors and its state."""
     world.first(lambda: checkpoint.check(path))
+    try:
+        return _put_back(path, model, optimizer, world)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # its checksums are right, so this was put together by something else than `take`
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"checkpoint {path} is whole, but not of this model and optimizer ({what})"
+        ) from error
+
+
+def _put_back(
+    path: Path, model: nn.Module, optimizer: Optimizer, world: World
+) -> tuple[Named, dict[str, Any]]:
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(own.values())
     in_optimizer = optimizer.ordered
@@ -109,6 +134,9 @@ def put_back(
         return torch.empty(size, dtype=dtype)
 
     named, state, aliases = load_named(path, place, world)
+    carried = [value for numbers in state["carried"].values() for value in numbers.values()]
+    if type(state["step"]) is not int or not all(isinstance(value, int | float) for value in carried):
+        raise ValueError("its state holds no step, or carries what is no number")
     named |= {alias: named[name] for alias, name in aliases.items()}
     for name, parameter in own.items():
         saved = named.get(name)

@@ -284,8 +284,8 @@ def saved_evaluation(run_dir: Path) -> Evaluation | None:
     if not path.is_file():
         return None
     try:
-        return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        return Evaluation.of(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(
             f"{path} is damaged: without the evaluation before training nothing can be compared; start the run anew"
         ) from None

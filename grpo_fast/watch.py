@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
@@ -29,10 +28,11 @@ from grpo_fast.run.progress import (
     framed,
     heading,
     number_line,
-    plain_text,
     sample_lines,
     si,
 )
+from grpo_fast.run.terminal import Terminal
+from grpo_fast.shown import plain_text
 
 NUMBERS = (
     ("loss", "loss", "{:.4f}"),
@@ -195,7 +195,7 @@ def follow(folder: Path, *, once: bool = False, every_s: float = 1.0, file: IO[s
 
     UserError where there is no run.
     """
-    watched, console = Watched(folder), Console(file=file)
+    watched, console = Watched(folder), Terminal(file=file)
     if hasattr(console.file, "reconfigure"):
         console.file.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cursor comes back then, too
@@ -214,7 +214,7 @@ def follow(folder: Path, *, once: bool = False, every_s: float = 1.0, file: IO[s
     return 0
 
 
-def _live(watched: Watched, console: Console, every_s: float) -> None:
+def _live(watched: Watched, console: Terminal, every_s: float) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             watched.look()

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "grpo_fast"
 
 # A file imports from its own floor and from lower ones only. `miniature` is a data source beside them.
 FLOORS = {
-    1: "errors config data rewards packing attention run report optim trust budget parallel",
+    1: "errors shown config data rewards packing attention run report optim trust budget parallel",
     2: "models engines memory",
     3: "scoring task rollout rollout_codec pipeline evaluate",
     4: "grpo dumps constraint state snapshot summary",

@@ -21,7 +21,8 @@ from grpo_fast.errors import UserError
 from grpo_fast.run import metrics
 from grpo_fast.run.command import run_command
 from grpo_fast.run.metrics import RunLogger, read_rows, read_summary, reproducible
-from grpo_fast.run.progress import Progress, duration, plain_text, si, sparkline
+from grpo_fast.run.progress import Progress, duration, si, sparkline
+from grpo_fast.shown import plain_text
 
 
 def create(path) -> RunLogger:

@@ -225,7 +225,7 @@ def test_ctrl_c_ends_with_0(run, monkeypatch):
 def test_a_terminal_is_redrawn_and_given_back(run, monkeypatch):
     log(run, row(1))
     terminal = io.StringIO()
-    monkeypatch.setattr(watch, "Console", lambda file: Console(file=file, force_terminal=True, width=80))
+    monkeypatch.setattr(watch, "Terminal", lambda file: Console(file=file, force_terminal=True, width=80))
     played(monkeypatch, lambda: log(run, row(2)))
     assert follow(run, file=terminal) == 0
     text = terminal.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from grpo_fast.config.check_engine import check_engine
+from grpo_fast.config.check_engine import check_address, check_engine
 from grpo_fast.config.rules import (
     FieldError,
     Rule,
@@ -155,6 +155,8 @@ def _check_rewards(config: TrainConfig) -> None:
     if reward.floor_lr != 0.05 and not reward.floors:
         raise FieldError("reward.floor_lr", "needs reward.floors")
     judge = config.judge
+    if judge.url:
+        check_address("judge", judge.url)
     for name, value in (("model", judge.model), ("rubrics", judge.rubrics)):
         if judge.url and not value:
             raise FieldError(f"judge.{name}", f"must be given with judge.url = {judge.url}")

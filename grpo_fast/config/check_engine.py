@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import fields
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from grpo_fast.config.engine_settings import EngineSettings
 from grpo_fast.config.rules import FieldError
@@ -24,6 +24,10 @@ _SET_HERE = (
     ),
     "enable-sleep-mode",
 )
+_NOT_HERE = {
+    "config": "a file of options could open the server to the network",
+    "hf-token": "config.toml and the list of processes would show it; set HF_TOKEN in the environment",
+}
 
 
 def check_engine(engine: EngineSettings) -> None:
@@ -69,23 +73,33 @@ def _check_started(engine: EngineSettings) -> None:
         name = option.partition("=")[0].lower().replace("_", "-")
         if not re.fullmatch(r"[a-z][a-z0-9.-]*", name):
             raise FieldError("engine.options", f"must be NAME=VALUE without dashes before it, got {option!r}")
-        if name in _SET_HERE:
-            raise FieldError("engine.options", f"must not set {name}: grpo_fast sets it itself")
+        # vLLM takes the beginning of a name for the whole of it
+        if meant := next((known for known in _SET_HERE if known.startswith(name)), None):
+            raise FieldError("engine.options", f"must not set {meant}: grpo_fast sets it itself")
+        if forbidden := next((known for known in _NOT_HERE if known.startswith(name)), None):
+            raise FieldError("engine.options", f"must not set {forbidden}: {_NOT_HERE[forbidden]}")
 
 
-def _check_url(url: str, engine: EngineSettings) -> None:
+def check_address(section: str, url: str) -> SplitResult:
+    """The parts of `section`.url; FieldError for what is none, or holds a secret that files would then show."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise FieldError("engine.url", "must be as http://127.0.0.1:8000") from None
-    if parts.username or parts.password or parts.query or parts.fragment:  # not shown: it may hold a key
+        raise FieldError(f"{section}.url", "must be as http://127.0.0.1:8000") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:  # not shown: it may hold a key
         raise FieldError(
-            "engine.url",
-            "must have no user, query or fragment; name the key's variable in engine.api_key_env",
+            f"{section}.url",
+            f"must have no user, query or fragment; name the key's variable in {section}.api_key_env",
         )
-    if parts.scheme not in ("http", "https") or not host:
-        raise FieldError("engine.url", f"must be as http://127.0.0.1:8000, got {url!r}")
+    if parts.scheme not in ("http", "https") or not host or not url.isprintable():
+        raise FieldError(f"{section}.url", f"must be as http://127.0.0.1:8000, got {url!r}")
+    return parts
+
+
+def _check_url(url: str, engine: EngineSettings) -> None:
+    parts = check_address("engine", url)
+    host = parts.hostname or ""
     if parts.path not in ("", "/"):
         raise FieldError("engine.url", f"must be the server's root, without {parts.path}")
     if not is_loopback(host):

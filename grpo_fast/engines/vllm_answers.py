@@ -79,7 +79,7 @@ def _completion(choice: dict[str, Any], prompt: list[int], version: int) -> Comp
     reason, tokens = choice["finish_reason"], choice["token_ids"]
     if reason not in ("stop", "length"):
         raise EngineError(f"a completion ended by {reason!r}")
-    if not all(type(token) is int for token in tokens):
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise EngineError("token_ids that are no whole numbers")
     numbers = choice["logprobs"]["token_logprobs"]
     logprobs = [float("nan") if value is None or value <= NO_LOGPROB else value for value in numbers]

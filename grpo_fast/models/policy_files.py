@@ -41,7 +41,7 @@ class SavedPolicy:
         """
         source = pretrained.locate(path, "model", needs=("config.json", "adapter_config.json"))
         adapter = source if (Path(source) / "adapter_config.json").is_file() else None
-        base = str(PeftConfig.from_pretrained(source).base_model_name_or_path) if adapter else source
+        base = _base_of(source, str(path)) if adapter else source
         config = pretrained.load_config(base, "model")
         for name in config.architectures or ():
             if name.endswith("ForSequenceClassification"):
@@ -49,6 +49,20 @@ class SavedPolicy:
         tokenizer = pretrained.load_tokenizer(source if pretrained.has_tokenizer(source) else base, "model")
         pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"model {path}")
         return cls(path=str(path), base=base, adapter=adapter, config=config, tokenizer=tokenizer)
+
+
+def _base_of(adapter: str, shown: str) -> str:
+    pretrained.refuse_pickles(adapter, f"model {shown}")
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except Exception as error:  # peft checks little of what is in the file
+        reason = pretrained.one_line(error)
+        raise UserError(f"model {shown}: cannot read its adapter_config.json: {reason}") from error
+    if not isinstance(base, str) or not base.strip():
+        raise UserError(
+            f"model {shown}: its adapter_config.json must name base_model_name_or_path, got {base!r}"
+        )
+    return base
 
 
 def write_policy(policy: Policy, path: Path, *, merge: bool) -> None:

@@ -100,17 +100,31 @@ def written_folder(path: str | Path) -> Iterator[Path]:
 
 def load_config(path: str | Path, what: str, **overrides: Any) -> PreTrainedConfig:
     """The configuration of a saved model; UserError when it cannot be read."""
+    source = locate(path, what)
     try:
-        return AutoConfig.from_pretrained(locate(path, what), **overrides)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **overrides)
+        _check_config(config)
+        return config
+    except Exception as error:  # transformers checks little of what is in the file
+        _refuse_code(error, f"{what} {path}")
         if isinstance(error, OSError) and not Path(path).exists():
             raise UserError(
                 f"{what} {path}: no such folder here, and no model of that id could be read from the hub; give "
                 "the folder of a saved model, or a hub id with the network on"
             ) from error
         raise UserError(f"{what} {path}: cannot read its configuration: {one_line(error)}") from error
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    """ValueError where what is read of every configuration is not of its kind; transformers takes any."""
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"architectures must be a list of names, got {names!r}")
+    text = config.get_text_config()
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        value = getattr(text, name, None)
+        if value is not None and (type(value) is not int or not 0 < value < 2**31):
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
 
 
 def load_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
@@ -120,11 +134,36 @@ def load_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
             f"{what} {path}: the folder has no tokenizer.json; save the tokenizer beside the model"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken tokenizer.json
+        _refuse_code(error, f"{what} {path}")
         raise UserError(f"{what} {path}: cannot read its tokenizer: {one_line(error)}") from error
-    check_round_trip(tokenizer, f"{what} {path}")
+    try:
+        check_round_trip(tokenizer, f"{what} {path}")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} {path}: its tokenizer does not work: {one_line(error)}") from error
     return tokenizer
+
+
+def _refuse_code(error: Exception, what: str) -> None:
+    """UserError where a model was refused because it brings its own program."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"{what}: brings its own program (auto_map), which is never run here; take a model of a kind that "
+            "transformers itself has"
+        ) from error
+
+
+def refuse_pickles(folder: str | Path, what: str) -> None:
+    """UserError for a folder whose weights are pickled alone: unpickling runs whatever program is in the file."""
+    names = sorted(path.name for path in Path(folder).glob("*.*"))
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
+    if pickled and not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        raise UserError(
+            f"{what}: its weights are pickled ({pickled[0]}), and a pickle can run any program; save it as safetensors"
+        )
 
 
 def side_file(source: str, name: str) -> Path | None:
@@ -246,6 +285,7 @@ def load_model(
             f"{what} {path}: model type {config.model_type} has no {auto_class.__name__}"
         ) from error
     check_architecture(model_class, config, f"{what} {path}")
+    refuse_pickles(path, f"{what} {path}")
     quantised = (
         {} if quantization is None else {"quantization_config": quantization, "device_map": {"": str(device)}}
     )
@@ -254,6 +294,8 @@ def load_model(
             str(path),
             config=config,
             dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation=None if config_obstacle(model_class, config) else ATTENTION_NAME,
             output_loading_info=True,
             ignore_mismatched_sizes=bool(may_miss),

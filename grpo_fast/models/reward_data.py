@@ -27,6 +27,10 @@ HEADS_FILE = "reward_heads.json"
 LOG_VARIANCE_LIMIT = 7.0
 """Predicted log-variances are held within ± this: a label that happens to be hit exactly must not run away."""
 
+MOST_LEVELS = 1000
+"""Steps of an ordinal head's scale."""
+MOST_MEMBERS = 1000
+
 Kind = Literal["regression", "binary", "ordinal", "pairwise"]
 
 
@@ -121,6 +125,11 @@ def heads_of(ratings: Ratings) -> list[Head]:
             raise UserError(
                 f"ratings: every label of {spec.name} is {values[0]:g}; ordinal heads need two levels"
             )
+        if spec.kind == "ordinal" and values.max() - values.min() > MOST_LEVELS:
+            raise UserError(
+                f"ratings: labels of {spec.name} go from {values.min():g} to {values.max():g}; an ordinal head has at "
+                f"most {MOST_LEVELS} levels: make it regression"
+            )
         head = Head(
             name=spec.name,
             kind=spec.kind,
@@ -163,8 +172,14 @@ def read_layout(file: Path, shown: str) -> Layout:
             raise UserError(f"{where}: a head's name must be a text, got {name!r}")
     if not heads or len(set(names)) < len(names):
         raise UserError(f"{where} must name at least one head and none twice, got {names}")
-    if type(layout.members) is not int or layout.members < 1 or type(layout.gaussian) is not bool:
-        raise UserError(f"{where}: members must be a number from 1 on and gaussian true or false")
+    if (
+        type(layout.members) is not int
+        or not 1 <= layout.members <= MOST_MEMBERS
+        or type(layout.gaussian) is not bool
+    ):
+        raise UserError(
+            f"{where}: members must be a number from 1 to {MOST_MEMBERS} and gaussian true or false"
+        )
     for head in heads:
         _check_head(head, where)
     return layout

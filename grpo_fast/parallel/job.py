@@ -52,7 +52,7 @@ def job(device: torch.device) -> Iterator[tuple[World, Ending]]:
             yield world, ending
         except UserError as error:
             if heartbeat.claims():
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"error: {error}", file=sys.stderr)
             _leave(2)
         except Exception:
             lost = heartbeat.lost()

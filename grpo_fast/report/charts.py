@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from grpo_fast.run.progress import plain_text
+from grpo_fast.shown import plain_text
 
 WIDTH, HEIGHT = 400, 210
+_LITTLE = 1e-200  # differences below this would vanish in what is computed from them
 _TOP, _BOTTOM, _LEFT = 10, 24, 50
 _MOST_POINTS, _MOST_OF_MANY = (
     160,
@@ -184,7 +185,8 @@ class _Frame:
         if self.x1 == self.x0:
             self.x0, self.x1 = self.x0 - 1, self.x1 + 1
         low, high = min(ys), max(ys)
-        room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+        span, size = high - low, abs(high)
+        room = 0.06 * span if span > _LITTLE else 0.1 * size if size > _LITTLE else 1.0
         self.y0 = low if low == 0 else low - room
         self.y1 = high + room
         self.left, self.right = _LEFT, WIDTH - right

@@ -15,6 +15,7 @@ from grpo_fast.report.template import is_number, page_template
 from grpo_fast.run.follow import check_run_folder, standing
 from grpo_fast.run.metrics import read_rows, read_summary
 from grpo_fast.run.progress import PHASES
+from grpo_fast.run.shapes import METRICS
 
 UNTOLD = ("name", "output_dir")  # settings that differ between any two runs
 CURVES = (
@@ -67,7 +68,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
             settings = _flat(tomllib.loads(config.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{config} is not valid TOML: {error}") from None
-        rows = [row for row in read_rows(folder / "metrics.jsonl") if row.get("phase") == PHASES[-1]]
+        rows = [row for row in read_rows(folder / "metrics.jsonl", METRICS) if row.get("phase") == PHASES[-1]]
         name = folder.name if folder.name not in {run.name for run in runs} else str(folder)
         how = standing(folder, patience_s=math.inf)
         runs.append(

@@ -18,6 +18,7 @@ from grpo_fast.report.template import is_number, page_template
 from grpo_fast.run.command import Parser
 from grpo_fast.run.metrics import PHASES, read_rows, read_summary, write_atomically
 from grpo_fast.run.progress import PHASE_TITLES
+from grpo_fast.run.shapes import METRICS, SAMPLES
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -88,14 +89,14 @@ def write_report(run_dir: Path | str) -> Path:
             f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}"
         )
     config = run / "config.toml"
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_rows(run / "metrics.jsonl", METRICS)
     summary = read_summary(run)
     if not rows and summary is None and not config.exists():
         raise UserError(
             f"{run} is not the folder of a run: it has no config.toml, metrics.jsonl or summary.json"
         )
     config_toml = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
-    html = render(run.resolve().name, rows, read_rows(run / "samples.jsonl"), summary, config_toml)
+    html = render(run.resolve().name, rows, read_rows(run / "samples.jsonl", SAMPLES), summary, config_toml)
     write_atomically(run / "report.html", html)
     return run / "report.html"
 
@@ -146,7 +147,7 @@ def _headline(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
         v
         for pair in found.values()
         for m in pair
-        for v in [m["mean"], *(m.get("ci95") or [])]
+        for v in [m.get("mean"), *(m.get("ci95") or [])]
         if v is not None
     ]
     if not ends:
@@ -164,7 +165,7 @@ def _headline(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
             "width": 100 * (b - a) / span,
         }
 
-    usable = {n: p for n, p in found.items() if all(m["mean"] is not None for m in p)}
+    usable = {n: p for n, p in found.items() if all(m.get("mean") is not None for m in p)}
     return {
         "source": source,
         "rows": {
@@ -186,7 +187,9 @@ def _series(
         x=[row["step"] for row in there],
         y=[row[key] if is_number(row[key]) else None for row in there],
         colour=colour,
-        spread=[1.96 * (row.get(spread) or 0.0) for row in there] if spread and spread in there[0] else None,
+        spread=[1.96 * s if is_number(s := row.get(spread)) else 0.0 for row in there]
+        if spread and spread in there[0]
+        else None,
         marks=marks,
     )
 

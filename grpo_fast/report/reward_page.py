@@ -16,7 +16,6 @@ run it holds no script, loads nothing and shows every text as text. The files, a
 - `config.toml`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.report.charts import Series, heat_map, line_chart, reliability_chart, scatter_chart
 from grpo_fast.report.template import figure, is_number, page_template
 from grpo_fast.run.metrics import read_rows, read_summary, write_atomically
+from grpo_fast.run.shapes import METRICS, SAMPLES, parsed
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,7 +40,8 @@ def write_reward_report(run_dir: Path | str) -> Path:
     quality = _read_quality(run)
     config = run / "config.toml"
     config_toml = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
-    rows, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
+    rows = read_rows(run / "metrics.jsonl", METRICS)
+    samples = read_rows(run / "samples.jsonl", SAMPLES)
     html = render(run.resolve().name, rows, samples, read_summary(run), quality, config_toml)
     write_atomically(run / "report.html", html)
     return run / "report.html"
@@ -69,7 +70,7 @@ def render(
         colours=colours,
         heads=[_headline(head, m, quality, probes) for head, m in heads.items()],
         tally=_tally(heads),
-        warnings=[str(warning) for warning in data.get("warnings") or []],
+        warnings=[str(warning) for warning in _listed(data.get("warnings"))],
         counts=_mapping(data.get("counts")),
         reliability_charts=_reliability(heads, colours),
         length_charts=_lengths(heads, colours),
@@ -90,16 +91,13 @@ def render(
 def _read_quality(run: Path) -> dict[str, Any]:
     path = run / QUALITY_FILE
     try:
-        quality = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(quality, dict):
-            raise ValueError("not an object")
+        return parsed(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"{run} is not the folder of a reward model's run: {QUALITY_FILE}: {error.strerror or error}"
         ) from error
     except ValueError as error:
         raise UserError(f"{path}: expected a JSON object ({error})") from error
-    return quality
 
 
 def _headline(
@@ -119,11 +117,11 @@ def _headline(
         "name": head,
         "verdict": measures.get("verdict"),
         "chip": VERDICTS.get(str(measures.get("verdict")), ""),
-        "reasons": [str(reason) for reason in measures.get("reasons") or []],
+        "reasons": [str(reason) for reason in _listed(measures.get("reasons"))],
         "kind": measures.get("kind"),
         "order": _shown(measures.get(key)),
         "order_is": "of pairs right" if by_choice else "rank correlation",
-        "order_interval": " to ".join(map(_shown, measures.get(f"{key}_ci95") or [])),
+        "order_interval": " to ".join(map(_shown, _listed(measures.get(f"{key}_ci95")))),
         "error": _shown(measures.get("mae")),
         "error_of_mean": _shown(measures["mae_of_mean"]) if is_number(measures.get("mae_of_mean")) else None,
         "ece": _shown(measures.get("ece")),
@@ -148,7 +146,7 @@ def _reliability(heads: Mapping[str, Mapping[str, Any]], colours: Mapping[str, s
     for head, measures in heads.items():
         bins = [
             (row["predicted"], row["observed"], row["n"])
-            for row in map(_mapping, measures.get("bins") or [])
+            for row in map(_mapping, _listed(measures.get("bins")))
             if all(is_number(row.get(key)) for key in ("predicted", "observed", "n"))
         ]
         if bins:
@@ -163,7 +161,7 @@ def _lengths(heads: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str])
     for head, measures in heads.items():
         points = [
             (row["length"], row["score"])
-            for row in map(_mapping, measures.get("points") or [])
+            for row in map(_mapping, _listed(measures.get("points")))
             if is_number(row.get("length")) and is_number(row.get("score"))
         ]
         if points:
@@ -201,7 +199,7 @@ def _probe_cells(effects: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
         ends = effect.get("over_median_ci95" if degenerate else "ci95")
         cells[probe] = {
             "mean": value if is_number(value) else None,
-            "ci95": ends if ends and all(map(is_number, ends)) else None,
+            "ci95": ends if (ends := _listed(ends)) and all(map(is_number, ends)) else None,
             "exploitable": effect.get("verdict") == "exploitable",
         }
     return cells
@@ -252,6 +250,10 @@ def _samples(samples: Rows) -> list[dict[str, Any]]:
 
 def _shown(value: Any) -> str:
     return figure(value if is_number(value) else None)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

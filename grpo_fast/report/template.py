@@ -1,6 +1,5 @@
 """What the pages share: their templates, and how figures are written."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -8,7 +7,11 @@ from typing import Any, TypeGuard
 from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
-from grpo_fast.run.progress import duration, plain_text, si
+from grpo_fast.run.progress import duration, si
+from grpo_fast.shown import plain_text
+
+LARGEST = 1e100
+"""Of the numbers in charts: sums and squares of them are still numbers."""
 
 
 def page_template(name: str, *folders: Path) -> Template:
@@ -25,8 +28,8 @@ def page_template(name: str, *folders: Path) -> Template:
 
 
 def figure(value: float | None) -> str:
-    """A number of the text, three decimals: what summary.json says, rounded."""
-    if value is None:
+    """A number of the text, three decimals: what summary.json says, rounded; – for what is none."""
+    if not isinstance(value, int | float):
         return "–"
     text = f"{value:.3f}".replace("-", "−")
     return "0.000" if text == "−0.000" else text
@@ -35,7 +38,7 @@ def figure(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """`figure` with its sign."""
     text = figure(value)
-    return text if value is None or text == "0.000" or text.startswith("−") else f"+{text}"
+    return text if text in ("–", "0.000") or text.startswith("−") else f"+{text}"
 
 
 def interval(measured: Mapping[str, Any] | None, sign: bool = False) -> str:
@@ -45,9 +48,9 @@ def interval(measured: Mapping[str, Any] | None, sign: bool = False) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one that a chart can place: finite, and no bool, text or None."""
+    """Whether it is one that a chart can place: of a size that can be drawn, and no bool, text or None."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and abs(value) <= sys.float_info.max
+    return known and abs(value) <= LARGEST
 
 
 def _clean(value: Any) -> Any:

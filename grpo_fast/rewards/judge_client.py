@@ -164,7 +164,8 @@ class _AgainError(Exception):
 
 def _retry_after(value: str) -> float:
     """Seconds of a Retry-After header, a number or a date, at most LONGEST_RETRY_AFTER_S; 0 for anything else."""
-    if re.fullmatch(r"[0-9]{1,9}", value.strip()):
+    value = value.strip()
+    if re.fullmatch(r"[0-9]{1,9}", value):
         seconds = float(value)
     else:
         try:

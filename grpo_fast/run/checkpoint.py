@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grpo_fast import __version__
 from grpo_fast.errors import UserError
+from grpo_fast.run.inside import refuse_links
 
 FORMAT = "grpo_fast checkpoint"
 FORMAT_VERSION = 1
@@ -96,6 +97,7 @@ class Folder:
     def begin(self) -> None:
         """Make the hidden folder; those of a process that was killed while it saved go away."""
         self.parent.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.parent.parent)
         for leftover in self.parent.glob(".step-*.tmp*"):
             shutil.rmtree(leftover)
         self.aside.mkdir()
@@ -157,9 +159,27 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Groups, 
                 named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise UserError(f"{file}: not a readable safetensors file ({error})" + _way_out(path)) from error
-        named.update({alias: named[original] for alias, original in aliases.items()})
+        try:
+            named.update({alias: named[original] for alias, original in aliases.items()})
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: its manifest names tied weights that are not there" + _way_out(path)
+            ) from None
         groups[group] = named
-    return groups, json.loads((path / "state.json").read_text())
+    return groups, read_state(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint that is whole; UserError where it is not what `save` writes."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path / 'state.json'}: cannot be read ({_one_line(error)})" + _way_out(path)
+        ) from error
+    return state
 
 
 def check(path: Path) -> None:
@@ -178,7 +198,7 @@ def verify(path: Path | str) -> str | None:
         manifest = json.loads(file.read_text())
     except FileNotFoundError:
         return f"{file}: missing, so this folder is not a checkpoint"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{file}: expected the checkpoint's JSON manifest, cannot read it ({_one_line(error)})"
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return f"{file}: expected format {FORMAT!r}, found another program's file"
@@ -194,13 +214,13 @@ def verify(path: Path | str) -> str | None:
         listed = {f"{group}.safetensors" for group in manifest["aliases"]} | {"state.json"}
         if manifest["format_version"] == SHARDS_VERSION:
             listed = {str(name) for name in expected if str(name).endswith(".safetensors")} | {"state.json"}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return f"{file}: expected a list of files with size and sha256, found something else"
     if listed != set(expected):
         return f"{file}: expected the files {sorted(listed)}, found {sorted(expected)}"
     for name, (size, sha256) in expected.items():
         part = path / name
-        if Path(name).name != name or not part.is_file():
+        if Path(name).name != name or not part.is_file() or part.is_symlink():
             return f"{part}: missing, expected {size} bytes"
         if (found := part.stat().st_size) != size:
             return f"{part}: expected {size} bytes, found {found} (truncated or overwritten)"
@@ -247,8 +267,12 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any])
 
 
 def folders(parent: Path) -> list[Path]:
-    """The folders of steps in `parent`, oldest first."""
-    found = [path for path in parent.glob("step-*") if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    """The folders of steps in `parent`, oldest first; links that lead elsewhere are none."""
+    found = [
+        path
+        for path in parent.glob("step-*")
+        if _FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 

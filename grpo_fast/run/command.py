@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from grpo_fast.errors import UserError
 from grpo_fast.run.allocator import keep_freed_memory
+from grpo_fast.shown import error_line
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:
@@ -17,7 +18,7 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
         code = command() or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -26,7 +27,7 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
         OSError
     ) as error:  # a full disk, a folder that may not be written: a traceback would explain nothing
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {error_line(f'{where}{error.strerror or error}')}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

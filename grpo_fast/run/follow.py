@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_fast.errors import UserError
+from grpo_fast.shown import error_line
 
 ENDING = "ending.txt"
 """How a run ended that did not finish, one line: stopped, or failed: and why. Gone again once it goes on."""
@@ -114,7 +115,7 @@ def note_ending(folder: Path, error: BaseException | None = None) -> None:
     said = "stopped"
     if error is not None and not isinstance(error, KeyboardInterrupt):
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        said = f"failed: {kind}{error}"
+        said = f"failed: {error_line(f'{kind}{error}')}"
     with suppress(OSError):  # a full disk may be what ended it
         (folder / ENDING).write_text(" ".join(said.split()) + "\n", encoding="utf-8", errors="replace")
 

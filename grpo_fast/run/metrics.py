@@ -20,7 +20,9 @@ import torch
 
 from grpo_fast.errors import UserError
 from grpo_fast.run.follow import ENDING, note_ending
+from grpo_fast.run.inside import refuse_links
 from grpo_fast.run.progress import PHASES
+from grpo_fast.run.shapes import METRICS, SAMPLES, SUMMARY, Shape, is_finite, parsed
 
 _CLOCK_KEYS = ("time_s", "tokens_per_s", "memory_gib")
 
@@ -53,11 +55,11 @@ class RunLogger:
         self._running: list[str] = []  # names of the phase timers now open, outermost first
         for row in earlier:
             for key, value in row.items():
-                if key.startswith("time/") and key != "time/step_s":
+                if key.startswith("time/") and key != "time/step_s" and is_finite(value):
                     name = key.removeprefix("time/").removesuffix("_s")
-                    self.phase_s[name] = self.phase_s.get(name, 0.0) + (value or 0.0)
+                    self.phase_s[name] = self.phase_s.get(name, 0.0) + value
         now = time.perf_counter()
-        self._start = now - (earlier[-1]["time_s"] if earlier else 0.0)
+        self._start = now - ((earlier[-1].get("time_s") or 0.0) if earlier else 0.0)
         self._mark = self._last_step = now
         self._files: dict[str, FileIO] = {}
         self._tensorboard: dict[str, Any] = {}
@@ -105,9 +107,10 @@ class RunLogger:
             _import_wandb()
         if not (path / "config.toml").is_file():
             raise UserError(f"{path} is not a run folder: it has no config.toml")
+        refuse_links(path)
         reached = (PHASES.index(phase), step)
-        metrics = [row for row in read_rows(path / "metrics.jsonl") if _place(row) <= reached]
-        samples = [row for row in read_rows(path / "samples.jsonl") if _kept_sample(row, reached)]
+        metrics = [row for row in read_rows(path / "metrics.jsonl", METRICS) if _place(row) <= reached]
+        samples = [row for row in read_rows(path / "samples.jsonl", SAMPLES) if _kept_sample(row, reached)]
 
         def rewind() -> None:
             for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
@@ -261,8 +264,8 @@ class RunLogger:
         return self._tensorboard[phase]
 
 
-def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; [] when there is none.
+def read_rows(path: Path | str, shape: Shape | None = None) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, held against `shape`; [] when there is none.
 
     A last line that was cut off (the process was killed while it wrote) is left out; any other broken line
     raises UserError with its number.
@@ -270,15 +273,15 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
+    if not path.is_file():
+        raise UserError(f"{path} is no file")
     rows: list[dict[str, Any]] = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
+            row = parsed(line, shape)
         except ValueError as error:
             if number == len(lines):
                 break
@@ -293,12 +296,11 @@ def read_summary(run_dir: Path | str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary, dict):
-            raise ValueError("not an object")
+        return parsed(path.read_bytes(), SUMMARY)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{path}: expected a JSON object ({error})") from error
-    return summary
 
 
 def reproducible(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,7 +316,8 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one rename; UserError, and the old content, when that fails."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)  # of a process of this number that was killed, or a link
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -340,7 +343,7 @@ def _place(row: Mapping[str, Any]) -> tuple[int, int]:
 
 def _kept_sample(row: Mapping[str, Any], reached: tuple[int, int]) -> bool:
     """All samples are of the last phase; the one after training is never older than a checkpoint."""
-    return row["when"] != "after" and (len(PHASES) - 1, row["step"]) <= reached
+    return row.get("when") != "after" and (len(PHASES) - 1, row.get("step") or 0) <= reached
 
 
 def _plain(value: Any) -> Any:

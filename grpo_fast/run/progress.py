@@ -8,28 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from grpo_fast.run.terminal import Terminal
+from grpo_fast.shown import plain_text
+
 PHASES = ("warm_start", "reward_model", "grpo")  # in the order a run goes through them
 PHASE_TITLES = {"warm_start": "warm start", "reward_model": "reward model", "grpo": "GRPO"}
 COLOURS = ["cyan", "magenta", "green", "yellow", "blue", "red"]  # of the objectives, in their order
 _SPARKS = "▁▂▃▄▅▆▇█"
-
-
-def plain_text(text: str, *, one_line: bool = False) -> str:
-    """The text without anything a terminal obeys: escape sequences, control and direction characters.
-
-    Newlines and tabs stay, or become spaces with `one_line`.
-    """
-    keep = "" if one_line else "\n\t"
-    if one_line:
-        text = " ".join(text.split())
-    return "".join(c if c in keep or not _obeyed(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class Progress:
@@ -43,7 +35,7 @@ class Progress:
     def __init__(self, objectives: Sequence[str] = (), *, file: TextIO | None = None) -> None:
         self.file = file or sys.stdout
         self.objectives = list(objectives)
-        self.console = Console(file=self.file)
+        self.console = Terminal(file=self.file)
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._phase, self._total, self._done_phases = "", 0, ""
         self._step, self._first_step, self._started = 0, 0, time.perf_counter()
@@ -128,7 +120,7 @@ class Progress:
             if self._row.get(key := f"reward/{name}") is not None
         ]
         parts += [f"{label} {value}" for label, value in self._numbers()]
-        return "  ".join([*parts, f"left {self._left()}"])
+        return "  ".join(plain_text(part, one_line=True) for part in [*parts, f"left {self._left()}"])
 
     def _redraw(self) -> None:
         if self._live:
@@ -228,9 +220,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """The values as a line of block characters, averaged down to at most `width` of them."""
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    means = [sum(value / (b - a) for value in values[a:b]) for a, b in itertools.pairwise(edges)]
     low, span = min(means), max(means) - min(means)
-    return "".join(_SPARKS[min(7, int(8 * (value - low) / span))] if span else _SPARKS[0] for value in means)
+    if not 0 < span < math.inf:
+        return _SPARKS[0] * len(means)
+    return "".join(_SPARKS[min(7, int(8 * ((value - low) / span)))] for value in means)
 
 
 def duration(seconds: float) -> str:
@@ -249,15 +243,3 @@ def si(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.3g}{suffix}"
     return f"{value:.3g}"
-
-
-def _obeyed(character: str) -> bool:
-    code = ord(character)
-    return (
-        code < 0x20
-        or 0x7F <= code < 0xA0
-        or 0xD800 <= code < 0xE000  # lone surrogates, which no output encoding takes
-        or code in (0x061C, 0x200E, 0x200F, 0x2028, 0x2029)
-        or 0x202A <= code <= 0x202E
-        or 0x2066 <= code <= 0x2069
-    )

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from grpo_fast.errors import UserError
 from grpo_fast.parallel.world import World
-from grpo_fast.run.checkpoint import SHARDS_VERSION, Folder, fsync_folder, save_failure
+from grpo_fast.run.checkpoint import SHARDS_VERSION, Folder, fsync_folder, read_state, save_failure
 
 Named = dict[str, Tensor]
 Place = Callable[[str, torch.Size, torch.dtype], Tensor]
@@ -107,7 +107,7 @@ def load_named(path: Path, place: Place, world: World) -> tuple[Named, dict[str,
             )
         except CheckpointException as error:
             raise UserError(f"checkpoint {path}: cannot be read ({_cause(error)})") from error
-    return named, json.loads((path / "state.json").read_text()), aliases
+    return named, read_state(path), aliases
 
 
 def _on_disk(folder: Path, world: World) -> dict[str, dict[str, Any]]:

@@ -77,8 +77,8 @@ RULES: dict[str, Rule] = {
         metric="kl",
         against="start",
         broken=lambda _, now: now > 1,
-        sentence="the policy has gone {now:.2g} nats a token away from its reference since step {began}: lower optim.lr, "
-        "raise loss.kl_coef, and see whether the completions still make sense (limits.kl ends a run)",
+        sentence="the policy has gone {now:.2g} nats a token away from its reference since step {began}: lower "
+        "optim.lr, raise loss.kl_coef, and see whether the completions still make sense (limits.kl ends a run)",
     ),
     "flat_groups": Rule(
         metric="flat_groups_frac",

@@ -46,7 +46,7 @@ def signs(rows: Sequence[Row]) -> dict[str, str]:
             f"({share[0]:.0%} at best): its scores may mean nothing there"
         )
     far = _windows(rows, "distance")
-    if far and far[1] > max(DISTANCE_GROWTH * far[0], _first(rows, "distance")):
+    if far and far[0] > 0 and far[1] > max(DISTANCE_GROWTH * far[0], _first(rows, "distance")):
         found["distance"] = (
             f"completions lie {far[1] / far[0]:.2f} times as far from what the reward model was trained on as they "
             "did: its scores are worth less there"
