@@ -10,6 +10,7 @@ from grpo_fast.config.command_line import TRAIN_REWARD, parse
 from grpo_fast.config.resolve import device_named, run_folder
 from grpo_fast.config.reward_settings import RewardConfig
 from grpo_fast.config.toml import to_toml
+from grpo_fast.errors import UserError
 from grpo_fast.models.reward_backbone import length_limit
 from grpo_fast.models.reward_fit import (
     TrainingSet,
@@ -22,6 +23,7 @@ from grpo_fast.models.reward_fit import (
 from grpo_fast.models.reward_quality import measure
 from grpo_fast.models.reward_text import encode_examples
 from grpo_fast.optim.optimizer import learning_rate
+from grpo_fast.parallel.world import world_size
 from grpo_fast.reward_plan import print_reward_plan
 from grpo_fast.reward_task import Rated, build_model, check_ratings, findings, sample_rows, write_results
 from grpo_fast.run.command import prepare_libraries, run_command
@@ -109,6 +111,8 @@ def _command(argv: list[str] | None) -> int:
     if asked.watch:
         return follow(asked.watch)
     config = asked.config
+    if world_size() > 1:
+        raise UserError("a reward model is trained by one process: start it without torchrun")
     prepare_libraries(config.threads)
     device_named(config.device)
     rated = check_ratings(config)

@@ -253,3 +253,16 @@ def test_the_rough_bound_is_above_the_estimate(family: str, lora: LoraSettings |
     for shape in ({"new_tokens": 16, "token_budget": 1024}, {"new_tokens": 150, "prompts": 1}):
         work = small_work(**models | {"policy": config, "reward_tokens": 512, "prefill_tokens": 64} | shape)
         assert rough_bytes(work) > Planner(work).estimate().peak
+
+
+def test_processes_share_weights_gradients_and_states_out():
+    config = config_of("llama")
+    model = count_parameters(meta_policy(config))
+    alone, four, each = (
+        Planner(Work(policy=config, device="cuda", ranks=ranks, reduced_each=reduced)).estimate()
+        for ranks, reduced in ((1, False), (4, False), (4, True))
+    )
+    assert four.optimizer == alone.optimizer // 4 == 8 * model.trained // 4
+    assert four.parameters == 4 * model.total // 4 + 4 * model.total  # a share, and the engine's copy
+    assert four.gradients == alone.gradients == 4 * model.trained
+    assert each.gradients < alone.gradients and each.update < four.update

@@ -62,6 +62,20 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, *, trained_whole: tuple
     return wrapped
 
 
+def refuse_lora_on_head(model: PreTrainedModel) -> None:
+    """UserError for an adapter on the head or the embedding."""
+    for role, module in (
+        ("head", model.get_output_embeddings()),
+        ("embedding", model.get_input_embeddings()),
+    ):
+        if isinstance(module, BaseTunerLayer) or hasattr(module, "modules_to_save"):
+            name = next(name for name, found in model.named_modules() if found is module)
+            raise UserError(
+                f"lora target_modules: {name} is the {role} of {type(model).__name__}, and an adapter on it "
+                "is not supported; take it out (all-linear leaves it out)"
+            )
+
+
 @contextmanager
 def quiet_peft() -> Iterator[None]:
     """Without peft's warnings: of a property that transformers renamed, and of tied heads, refused by name below."""

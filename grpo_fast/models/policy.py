@@ -16,7 +16,6 @@ from typing import Any, Literal, cast
 import torch
 from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, linear_logprob
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -29,7 +28,7 @@ from grpo_fast.models.activations import activations_on_host
 from grpo_fast.models.compiled import CompiledLayers, check_compiled
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
-from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, quiet_peft
+from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, quiet_peft, refuse_lora_on_head
 from grpo_fast.models.policy_files import SavedPolicy, write_policy
 from grpo_fast.models.quantized import is_quantised, keep_trainable, nf4
 from grpo_fast.models.self_check import (
@@ -39,7 +38,7 @@ from grpo_fast.models.self_check import (
     packing_fault,
     run_one_by_one,
 )
-from grpo_fast.models.sharded import logprobs_by_vocabulary, mesh_of, shard
+from grpo_fast.models.sharded import logprobs_by_vocabulary, mesh_of, refuse_together, shard
 from grpo_fast.packing import PackedBatch
 from grpo_fast.parallel.world import ALONE, World
 
@@ -167,7 +166,7 @@ class Policy(nn.Module):
         compiled: bool,
     ) -> Policy:
         if peft_model is not None:
-            _refuse_lora_on_head(model)
+            refuse_lora_on_head(model)
             for parameter in model.parameters():
                 if parameter.requires_grad:  # peft makes adapters on 4-bit layers float32
                     parameter.data = parameter.data.to(model.dtype)
@@ -288,8 +287,8 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(N,) log-prob and (N,) entropy of the completion tokens, float32, without gradients.
 
-        `reference=True` answers for the model before training: with LoRA the adapter is switched off. A
-        fully trained model has forgotten it: ask its `frozen_copy` instead.
+        `reference=True` answers for the model before training, the adapter switched off; a fully trained one has
+        forgotten it.
         """
         if reference and not self.is_lora:
             raise ValueError(
@@ -297,7 +296,7 @@ class Policy(nn.Module):
             )
         with self.adapter_off() if reference else nullcontext():
             found = self.looked_up(batch, temperature)
-        if self.is_sharded:  # no backward pass follows that would let go of the weights gathered last
+        if self.is_sharded:  # no backward pass lets go of the weights gathered last
             cast(FSDPModule, self).reshard()
         return found
 
@@ -346,19 +345,20 @@ class Policy(nn.Module):
         self.world = world
         if world.size == 1:
             return
-        if self.is_quantised:
-            raise UserError(
-                "policy.quantize: weights in 4 bits are not shared out; use one process, or leave it off"
-            )
-        if self.compiled is not None:
-            raise UserError("policy.compile: compiled layers are not shared out over processes; leave it off")
+        refuse_together(
+            {
+                "policy.quantize": self.is_quantised,
+                "policy.compile": self.compiled is not None,
+                "memory.activations_on_host": self.activations_on_host,
+            }
+        )
         self._compute_dtype = self.model.dtype
         mesh = mesh_of(world, self.device)
         shard(self, self.model, mesh, head_by_vocabulary=head_by_vocabulary)
         self._mesh, self._head_by_vocabulary = mesh, head_by_vocabulary
 
     def sums_gradients(self, now: bool) -> None:
-        """Whether the next backward pass adds the processes' gradients up, or leaves that to a later one."""
+        """Whether the next backward pass adds the processes' gradients up."""
         if self.is_sharded:
             cast(FSDPModule, self).set_requires_gradient_sync(now)
 
@@ -391,16 +391,3 @@ class Policy(nn.Module):
             run_one_by_one(self.model, why)
         if not self.packed:
             check_causal(self.model, self.tokenizer)
-
-
-def _refuse_lora_on_head(model: PreTrainedModel) -> None:
-    for role, module in (
-        ("head", model.get_output_embeddings()),
-        ("embedding", model.get_input_embeddings()),
-    ):
-        if isinstance(module, BaseTunerLayer) or hasattr(module, "modules_to_save"):
-            name = next(name for name, found in model.named_modules() if found is module)
-            raise UserError(
-                f"lora target_modules: {name} is the {role} of {type(model).__name__}, and an adapter on it "
-                "is not supported; take it out (all-linear leaves it out)"
-            )

@@ -49,6 +49,13 @@ def shard(root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, *, head_by_
     register_fsdp_forward_method(root, "looked_up")
 
 
+def refuse_together(given: dict[str, bool]) -> None:
+    """UserError for the first setting that is on and has no form for several processes."""
+    for name, on in given.items():
+        if on:
+            raise UserError(f"{name} cannot be had on several processes: leave it off, or use one")
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The model's decoder layers; UserError where it has none that can be found."""
     for module in model.modules():
