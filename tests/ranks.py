@@ -21,8 +21,12 @@ PRELOADED = [
 ]
 
 
-def run_on_ranks(size: int, work: Callable[..., Any], *arguments: Any, limit_s: float = 120.0) -> list[Any]:
+def run_on_ranks(
+    size: int, work: Callable[..., Any], *arguments: Any, device: str = "cpu", limit_s: float = 120.0
+) -> list[Any]:
     """What `work(world, *arguments)` returns on each of `size` processes, in the order of ranks.
+
+    `device` cuda: each has a GPU of its own, and they talk by NCCL.
 
     `work` is a function of a module; arguments and results are pickled. Processes come from a server that has imported
     what they need, so that a start costs little. AssertionError with the traceback where one fails.
@@ -32,7 +36,7 @@ def run_on_ranks(size: int, work: Callable[..., Any], *arguments: Any, limit_s: 
     port = _free_port()
     answers = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(rank, size, port, work, arguments, answers), daemon=True)
+        context.Process(target=_rank, args=(rank, size, port, device, work, arguments, answers), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -51,7 +55,13 @@ def run_on_ranks(size: int, work: Callable[..., Any], *arguments: Any, limit_s: 
 
 
 def _rank(
-    rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...], answers: Any
+    rank: int,
+    size: int,
+    port: int,
+    device: str,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    answers: Any,
 ) -> None:
     from grpo_fast.parallel.world import join
 
@@ -65,7 +75,9 @@ def _rank(
     }
     torch.set_num_threads(1)
     try:
-        world = join(torch.device("cpu"))
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        world = join(torch.device(device, rank) if device == "cuda" else torch.device(device))
         answers.put((rank, "", work(world, *arguments)))
         world.any(False)
     except BaseException:
