@@ -66,6 +66,7 @@ def work(
         for name, number in numbers.items():
             target, place, spoken = targets[name], first, time.monotonic()
             with tempfile.TemporaryDirectory(dir=outside, ignore_cleanup_errors=True) as inside:
+                before = {*outside.iterdir()}  # a worker that died has left its own folder
                 tell(said, target=name, begun=place)
                 os.chdir(inside)
                 for place, data in enumerate(inputs(target, name, number, base, first), start=first):
@@ -77,7 +78,7 @@ def work(
                     if time.monotonic() - spoken > SAYS_EVERY_S:
                         spoken = time.monotonic()
                         tell(said, target=name, at=place)
-                for path in {*outside.iterdir()} - {Path(inside)}:
+                for path in {*outside.iterdir()} - before:
                     tell(said, target=name, problem=f"wrote outside its folder: {path.name}", data="")
                     path.unlink()
                 os.chdir(scratch)
