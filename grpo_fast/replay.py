@@ -33,8 +33,8 @@ from grpo_fast.parallel.world import World
 from grpo_fast.rollout import Rollout
 from grpo_fast.run import checkpoint
 from grpo_fast.run.command import Parser, prepare_libraries, run_command
-from grpo_fast.run.progress import plain_text
 from grpo_fast.scoring import Scored
+from grpo_fast.shown import plain_text
 from grpo_fast.task import lora_settings
 
 SHOWN = 10

@@ -45,7 +45,12 @@ def one_path(special: dict[str, list[str]], name: str) -> Path | None:
         return None
     if len(words) != 1 or not words[0]:
         raise UserError(f"--{name} takes one path, got {' '.join(words) or 'none'}")
-    return Path(words[0])
+    path = Path(words[0])
+    try:
+        path.exists()
+    except OSError as error:
+        raise UserError(f"--{name} {path}: {error.strerror}") from None
+    return path
 
 
 def take_flag(values: dict[str, tuple[Any, str]], name: str, words: list[str], schema: Schema) -> None:

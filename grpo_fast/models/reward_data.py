@@ -164,7 +164,7 @@ def read_layout(file: Path, shown: str) -> Layout:
         rows = saved.pop("heads")
         heads = tuple(Head(**{**row, "cuts": tuple(row.get("cuts", ()))}) for row in rows)
         layout = Layout(heads=heads, **saved)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
     names = [head.name for head in heads]
     for name in names:

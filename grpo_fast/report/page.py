@@ -308,7 +308,10 @@ def _time_chart(rows: Rows) -> list[dict[str, Any]]:
     Phases of fewer than half of the steps (evaluation, checkpoints) would only be spikes and are left out.
     """
     timed = [row for row in rows if is_number(row.get("time/step_s"))]
-    spent = {name: [row.get(f"time/{name}_s") or 0.0 for row in timed] for name in _phase_seconds(timed)}
+    spent = {
+        name: [s if is_number(s := row.get(f"time/{name}_s")) else 0.0 for row in timed]
+        for name in _phase_seconds(timed)
+    }
     layers = {name: values for name, values in spent.items() if 2 * sum(v > 0 for v in values) >= len(timed)}
     if not layers:
         return []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from grpo_fast.errors import UserError
 
-_WRITTEN = ("checkpoints", "tensorboard")
+_WRITTEN = ("checkpoints", "dumps", "tensorboard")
 
 
 def refuse_links(run_dir: Path) -> None:

@@ -27,7 +27,7 @@ from grpo_fast.rewards.judge_answers import (
     request_key,
 )
 from grpo_fast.rewards.judge_client import JudgeClient
-from grpo_fast.rewards.user_function import RewardFunction
+from grpo_fast.rewards.user_function import FunctionError, RewardFunction
 from tests.fuzz.target import Target
 
 RATINGS = [b"8", b"8/10", b"Score: 7.5", b"**9**", b'{"score": 3}', b"8 out of 10.", b"`10`"]
@@ -124,12 +124,26 @@ def _vllm_error(data: bytes, folder: Path) -> None:
         raise
 
 
+_VALUE: list[Any] = [None]
+
+
+def returned(completions: list[str]) -> Any:
+    """The reward function."""
+    return _VALUE[0]
+
+
+@functools.cache
+def _function() -> RewardFunction:
+    return RewardFunction("tests.fuzz.answer_targets:returned")
+
+
 def _returned(data: bytes, folder: Path) -> None:
     try:
         value = _special(json.loads(data))
     except (ValueError, RecursionError):
         value = data
-    scores = RewardFunction("m:f", lambda completions: value).scores(value, 3)
+    _VALUE[:] = [value]
+    scores = _function()({"completions": []}, 3, None)
     for name, numbers in scores.items():
         assert isinstance(name, str) and len(numbers) == 3
         assert all(math.isnan(x) or abs(x) < 3.5e38 for x in numbers)
@@ -201,6 +215,9 @@ TARGETS = {
         run=_vllm_error, corpus=lambda: [b"\x04not found", b"\x00bad"], errors=(UserError, EngineError)
     ),
     "reward.returned": Target(
-        run=_returned, corpus=lambda: _dumped(*RETURNED), form="json", errors=(UserError, RudeError)
+        run=_returned,
+        corpus=lambda: _dumped(*RETURNED),
+        form="json",
+        errors=(UserError, FunctionError, RudeError),
     ),
 }

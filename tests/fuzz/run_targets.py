@@ -18,7 +18,11 @@ from rich.console import Console
 
 from benchmarks import page as benchmark_page
 from grpo_fast import compare
+from grpo_fast.config.settings import TrainConfig
+from grpo_fast.config.toml import to_toml
+from grpo_fast.dumps import KIND, VERSION
 from grpo_fast.optim.optimizer import Optimizer
+from grpo_fast.replay import read_dump
 from grpo_fast.report.page import write_report
 from grpo_fast.report.reward_page import write_reward_report
 from grpo_fast.run import checkpoint
@@ -49,10 +53,14 @@ FILES: dict[str, Any] = {
                 "warning/kl": "text",
                 "tokens_per_s": 100.0,
                 "memory_gib": 1.0,
+                "distance": 1.0 + step / 4,
+                "outside_frac": 0.05 * step,
+                "spread/safety": 0.1 * step,
+                "repetition": 0.05 * step,
                 "time/update_s": 0.3,
                 "time/step_s": 0.5,
             }
-            for step in (1, 2, 3)
+            for step in range(1, 13)
         ),
     ],
     "samples.jsonl": [
@@ -220,11 +228,13 @@ def _saved() -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def _checkpoint(name: str, folder: Path, data: bytes) -> Path:
+def _checkpoint(
+    name: str, folder: Path, data: bytes, sound: dict[str, bytes] | None = None, kind: str = "checkpoints"
+) -> Path:
     """The checkpoint with one file replaced; unless it is the manifest, the manifest vouches for it."""
-    path = folder / "saved" / "checkpoints" / "step-000003"
+    path = folder / "saved" / kind / "step-000003"
     path.mkdir(parents=True, exist_ok=True)
-    files = _saved() | {name: data}
+    files = (sound or _saved()) | {name: data}
     if name != "manifest.json":
         manifest = json.loads(files["manifest.json"])
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -232,6 +242,44 @@ def _checkpoint(name: str, folder: Path, data: bytes) -> Path:
     for file, content in files.items():
         (path / file).write_bytes(content)
     return path
+
+
+@functools.cache
+def _dump() -> dict[str, bytes]:
+    """The files of a step that was skipped: two prompts, three completions."""
+    lengths = torch.tensor([2, 1, 3])
+    batch = {
+        "prompt_ids": torch.tensor([1, 2, 3]),
+        "prompt_lengths": torch.tensor([2, 1]),
+        "completion_ids": torch.arange(6),
+        "completion_lengths": lengths,
+        "prompt_of": torch.tensor([0, 0, 1]),
+        "advantages": torch.tensor([0.5, -0.5, 1.0]),
+        "old_logprobs": -torch.ones(6),
+        "rollout_logprobs": -torch.ones(6),
+        "losses": torch.tensor([float("nan")], dtype=torch.float64),
+        "grad_norm": torch.tensor(1.0),
+    }
+    facts = {
+        "version": VERSION,
+        "step": 3,
+        "processes": 1,
+        "token_budget": 64,
+        "normalizer": 3.0,
+        "model": "",
+    }
+    state = {"dump": facts | {"config": to_toml(TrainConfig())}}
+    with tempfile.TemporaryDirectory() as place:
+        path = checkpoint.save(place, 3, {"model": {"w": torch.zeros(2)}, "batch": batch}, state, kind=KIND)
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def _replay(name: str):
+    def run(data: bytes, folder: Path) -> None:
+        dump = read_dump(_checkpoint(name, folder, data, _dump(), KIND))
+        assert len(dump.rollout.completions) == len(dump.rollout.prompt_of)
+
+    return run
 
 
 def _load(name: str):
@@ -307,6 +355,15 @@ TARGETS = {
         )
         for kind, make, share in (("checkpoint", _load, 1.0), ("restore", _restore, 0.2))
         for name in ("manifest.json", "state.json", "model.safetensors", "optimizer.safetensors")
+    },
+    **{
+        f"replay.{name}": Target(
+            run=_replay(name),
+            corpus=lambda name=name: [_dump()[name]],
+            form="json" if name.endswith("json") else "safetensors",
+            share=0.2,
+        )
+        for name in ("manifest.json", "state.json", "batch.safetensors", "model.safetensors")
     },
     "benchmark.record": Target(
         run=_record, corpus=lambda: [json.dumps(RECORD).encode()], form="json", share=0.3
