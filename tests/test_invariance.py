@@ -1,8 +1,9 @@
 """What must not depend on how a step is cut up: the gradient, the metrics, the completions.
 
 The truth of a gradient is float64, one sequence at a time, through `transformers`' own forward pass and the kernels'
-plain twin. How far off is too far: 1e-6 of the largest entry of what the sequences' own gradients add up to without
-their signs, since what cancels between sequences cannot be told from rounding in float32.
+plain twin. Steps are computed in float64 and in float32. How far off is too far (1e-10 and 1e-6) is
+measured by the largest entry of what the sequences' own gradients add up to without their signs, since what cancels
+between sequences cannot be told from rounding.
 
 `INVARIANCE_EXAMPLES=2000 pytest tests/test_invariance.py` looks longer, at other examples each time.
 """
@@ -36,10 +37,15 @@ from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.rollout import Rollout
 from grpo_fast.scoring import Scored
 from tests.families import VOCAB, ragged, tiny_model
-from tests.grpo_cases import gradients, policy
+from tests.grpo_cases import policy
 
 EXAMPLES = os.environ.get("INVARIANCE_EXAMPLES")
+EXACT = 1e-10
+"""In float64 nothing but the arithmetic's order may differ."""
 ROUNDING = 1e-6
+ROUNDING_OF_DISTANCES = 1e-5
+"""In float32 with a KL term or an entropy bonus: their derivatives are differences of log-probs of about -6, here
+nearly equal ones, and up to 2.4e-6 off even for a single sequence."""
 FAMILIES = ["qwen2", "llama", "gemma2"]
 PRESETS = ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "vespo", "luspo", "rloo", "reinforce_pp"]
 WHOLE = 10**6
@@ -56,8 +62,12 @@ def examples(count: int) -> Any:
 
 
 @cache
-def policy_of(family: str, seed: int = 0, checkpointing: bool = False) -> Policy:
-    return policy(seed, family=family, gradient_checkpointing=checkpointing)
+def policy_of(
+    family: str, seed: int = 0, checkpointing: bool = False, dtype: torch.dtype = torch.float32
+) -> Policy:
+    made = policy(seed, family=family, gradient_checkpointing=checkpointing)
+    made.model.to(dtype)
+    return made
 
 
 @cache
@@ -140,7 +150,7 @@ def reordered(data: Rollout, order: list[int]) -> Rollout:
 
 
 def computed(
-    family: str, data: Rollout, config: TrainConfig, way: Way
+    family: str, data: Rollout, config: TrainConfig, way: Way, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The trainer's gradient and metrics, computed that way."""
 
@@ -154,10 +164,29 @@ def computed(
         return with_signal(all_alike, sequences, loss, mask_truncated=mask_truncated)
 
     config = replace(config, optim=replace(config.optim, token_budget=way.token_budget))
-    model = policy_of(family, checkpointing=way.checkpointing)
-    frozen = policy_of(family, 3) if loss_config(config).kl_coef != 0 else None
+    model = policy_of(family, checkpointing=way.checkpointing, dtype=dtype)
+    frozen = policy_of(family, 3, dtype=dtype) if loss_config(config).kl_coef != 0 else None
     with patch.object(grpo, "pack_chosen", packed), patch.object(grpo, "with_signal", kept):
-        return gradients(model, reordered(data, way.order), config, frozen)
+        caught = Catch(model)
+        metrics = update(model, caught, reordered(data, way.order), config, lr=0.0, reference=frozen)  # type: ignore[arg-type]
+        return caught.found, metrics
+
+
+class Catch:
+    """In the optimizer's place: takes the gradients as they are, where that would make float32 of them."""
+
+    def __init__(self, model: Policy) -> None:
+        self.model = model
+        self.found: dict[str, Tensor] = {}
+        self.discard()
+
+    def discard(self) -> None:
+        self.model.zero_grad()
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        named = self.model.named_parameters()
+        self.found = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        return 0.0, True
 
 
 @st.composite
@@ -210,7 +239,7 @@ def configs(draw: st.DrawFn) -> TrainConfig:
 @st.composite
 def ways(draw: st.DrawFn, sequences: int) -> Way:
     return Way(
-        token_budget=draw(st.sampled_from([1, 12, 20, 30, 45, 70, WHOLE])),
+        token_budget=draw(st.sampled_from([16, 20, 30, 45, 70, WHOLE])),
         order=draw(st.permutations(range(sequences))),
         share_prefix=draw(st.booleans()),
         checkpointing=draw(st.booleans()),
@@ -218,19 +247,24 @@ def ways(draw: st.DrawFn, sequences: int) -> Way:
     )
 
 
-@examples(45)
+@examples(40)
 @given(data=st.data(), family=st.sampled_from(FAMILIES), rollout=rollouts(), config=configs())
 def test_a_step_is_the_same_however_it_is_cut_up(
     data: st.DataObject, family: str, rollout: Rollout, config: TrainConfig
 ) -> None:
     """Budget, order, shared prompts, checkpointing, skipping: the gradient of one sequence after the other."""
     wanted, scale, told = truth(family, rollout, config)
-    for _ in range(2):
+    loss = loss_config(config)
+    rounding = ROUNDING_OF_DISTANCES if loss.kl_coef or loss.entropy_coef else ROUNDING
+    for dtype, allowed in ((torch.float64, EXACT), (torch.float32, rounding)):
         way = data.draw(ways(len(rollout.completions)))
-        found, metrics = computed(family, rollout, config, way)
+        found, metrics = computed(family, rollout, config, way, dtype)
         for name, value in wanted.items():
-            off = (found[name] - value).abs().max().item() if name in found else value.abs().max().item()
-            assert off <= ROUNDING * scale, (name, off / scale)
+            gradient = (
+                found[f"model.{name}"] if found else torch.zeros_like(value)
+            )  # none: nothing had signal
+            off = (gradient - value).abs().max().item()
+            assert off <= allowed * scale, (name, off / scale)
         assert abs(metrics["loss"] - told["loss"]) <= 1e-5 * max(1.0, abs(told["loss"]))
         if loss_config(config).kl_coef != 0:
             assert metrics["trained_tokens"] == told["tokens"]
@@ -258,13 +292,13 @@ def test_the_same_step_twice_is_the_same_to_the_bit(
 
 # ---- completions ----
 
-PROMPTS = ragged(groups=6)[0]
+PROMPTS = ragged(groups=5)[0]
 SAMPLINGS = [
-    Sampling(max_new_tokens=24, stop_token_ids=(3, 4, 5)),
-    Sampling(max_new_tokens=24, stop_token_ids=(3, 4, 5), temperature=0.0),
-    Sampling(max_new_tokens=24, stop_token_ids=(3, 4, 5), temperature=0.8, top_p=0.9, top_k=20),
+    Sampling(max_new_tokens=16, stop_token_ids=(3, 4, 5)),
+    Sampling(max_new_tokens=16, stop_token_ids=(3, 4, 5), temperature=0.0),
+    Sampling(max_new_tokens=16, stop_token_ids=(3, 4, 5), temperature=0.8, top_p=0.9, top_k=20),
 ]
-SAMPLES = 4
+SAMPLES = 3
 
 
 @cache
@@ -276,13 +310,10 @@ def engine_model(family: str) -> Any:
 def alone(kind: type, family: str, prompt: int, way: int, seed: int) -> list[Completion]:
     """The completions of one prompt that nothing else is generated beside."""
     engine = kind(engine_model(family), max_rows=1)
-    return [
-        engine.generate([PROMPTS[prompt]], sample + 1, SAMPLINGS[way], seed, places=[prompt])[sample]
-        for sample in range(SAMPLES)
-    ]
+    return engine.generate([PROMPTS[prompt]], SAMPLES, SAMPLINGS[way], seed, places=[prompt])
 
 
-@examples(25)
+@examples(12)
 @given(
     kind=st.sampled_from([LocalEngine, LocalEngine, LocalEngine, PlainEngine]),
     family=st.sampled_from(["qwen2", "gemma2"]),
@@ -329,7 +360,7 @@ def test_places_are_what_completions_are_drawn_from() -> None:
     whole = [c.token_ids for c in engine.generate(PROMPTS, 2, sampling, 5)]
     parts = [
         completion.token_ids
-        for first, last in ((0, 2), (2, 3), (3, 6))
+        for first, last in ((0, 2), (2, 3), (3, 5))
         for completion in engine.generate(PROMPTS[first:last], 2, sampling, 5, places=range(first, last))
     ]
     assert parts == whole

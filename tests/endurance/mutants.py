@@ -9,7 +9,7 @@ that has torch already, and the changed source is handed to the import system in
 too, but leaves decorated functions alone, and the operations are just that.)
 
 Left out are changes that could not fail to fail (bit operators between floats, types, decorators) or to pass (`is` for
-`==`, an order of names): they would only decorate the number. Of the remaining, each place is changed in one way of each
+`==`, an order of names): they would only decorate the number. Of the rest, each place is changed in one way of each
 kind, drawn by the seed. Kernels of Triton and the head shared out over processes have their own tests, not run here.
 """
 
@@ -42,7 +42,17 @@ MEMORY = 24 << 30
 
 ADVANTAGES, REFUSALS, TABLE, LOSS, HEAD, TRUTH, PRESETS, OPERATORS, EDGES = (
     f"tests/test_kernels_{name}.py"
-    for name in "advantages refusals loss_table loss head truth presets operators edges".split()
+    for name in [
+        "advantages",
+        "refusals",
+        "loss_table",
+        "loss",
+        "head",
+        "truth",
+        "presets",
+        "operators",
+        "edges",
+    ]
 )
 TESTS: dict[str, list[str]] = {
     # the tests of each file, the ones that find most first
@@ -261,7 +271,7 @@ def warm() -> None:
     import numpy
     import pytest
     import torch._dynamo
-    import torch.testing._internal.optests  # noqa: F401
+    import torch.testing._internal.optests
 
     _ = hypothesis, numpy, pytest
     torch.set_num_threads(1)
