@@ -1,9 +1,9 @@
 """What must not depend on how a step is cut up: the gradient, the metrics, the completions.
 
 The truth of a gradient is float64, one sequence at a time, through `transformers`' own forward pass and the kernels'
-plain twin. Steps are computed in float64 and in float32. How far off is too far (1e-10 and 1e-6) is
-measured by the largest entry of what the sequences' own gradients add up to without their signs, since what cancels
-between sequences cannot be told from rounding.
+plain twin. Steps are computed in float64 (but for rotary angles) and in float32. How far
+off is too far: 1e-6 of the largest entry of what the sequences' own gradients add up to without their signs, since what
+cancels between sequences cannot be told from rounding.
 
 `INVARIANCE_EXAMPLES=2000 pytest tests/test_invariance.py` looks longer, at other examples each time.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -40,12 +40,10 @@ from tests.families import VOCAB, ragged, tiny_model
 from tests.grpo_cases import policy
 
 EXAMPLES = os.environ.get("INVARIANCE_EXAMPLES")
-EXACT = 1e-10
-"""In float64 nothing but the arithmetic's order may differ."""
 ROUNDING = 1e-6
 ROUNDING_OF_DISTANCES = 1e-5
 """In float32 with a KL term or an entropy bonus: their derivatives are differences of log-probs of about -6, here
-nearly equal ones, and up to 2.4e-6 off even for a single sequence."""
+nearly equal ones, and up to 5e-6 off even for a single sequence. In float64 they are held to `ROUNDING`."""
 FAMILIES = ["qwen2", "llama", "gemma2"]
 PRESETS = ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "vespo", "luspo", "rloo", "reinforce_pp"]
 WHOLE = 10**6
@@ -66,15 +64,29 @@ def policy_of(
     family: str, seed: int = 0, checkpointing: bool = False, dtype: torch.dtype = torch.float32
 ) -> Policy:
     made = policy(seed, family=family, gradient_checkpointing=checkpointing)
-    made.model.to(dtype)
-    return made
+    return made if dtype == torch.float32 else in_float64(made)
+
+
+def in_float64(made: Any) -> Any:
+    """In place, the norms too, which would go through float32."""
+    for module in made.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(norm, module)
+    return made.double()
+
+
+def norm(module: Any, hidden: Tensor) -> Tensor:
+    gemma = type(module).__name__.startswith("Gemma")
+    eps = module.eps if gemma else module.variance_epsilon
+    scaled = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)
+    return scaled * (1 + module.weight if gemma else module.weight)
 
 
 @cache
 def exact_model(family: str, seed: int) -> Any:
     model = copy.deepcopy(policy_of(family, seed).model)
-    model.set_attn_implementation("eager")
-    return model.double()
+    model.set_attn_implementation("eager" if family == "gemma2" else "sdpa")
+    return in_float64(model)
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ class Catch:
     def discard(self) -> None:
         self.model.zero_grad()
 
-    def step(self, lr: float) -> tuple[float, bool]:
+    def step(self, lr: float, **_: object) -> tuple[float, bool]:
         named = self.model.named_parameters()
         self.found = {name: p.grad.clone() for name, p in named if p.grad is not None}
         return 0.0, True
@@ -247,7 +259,7 @@ def ways(draw: st.DrawFn, sequences: int) -> Way:
     )
 
 
-@examples(40)
+@examples(25)
 @given(data=st.data(), family=st.sampled_from(FAMILIES), rollout=rollouts(), config=configs())
 def test_a_step_is_the_same_however_it_is_cut_up(
     data: st.DataObject, family: str, rollout: Rollout, config: TrainConfig
@@ -255,8 +267,8 @@ def test_a_step_is_the_same_however_it_is_cut_up(
     """Budget, order, shared prompts, checkpointing, skipping: the gradient of one sequence after the other."""
     wanted, scale, told = truth(family, rollout, config)
     loss = loss_config(config)
-    rounding = ROUNDING_OF_DISTANCES if loss.kl_coef or loss.entropy_coef else ROUNDING
-    for dtype, allowed in ((torch.float64, EXACT), (torch.float32, rounding)):
+    in_float32 = ROUNDING_OF_DISTANCES if loss.kl_coef or loss.entropy_coef else ROUNDING
+    for dtype, allowed in ((torch.float64, ROUNDING), (torch.float32, in_float32)):
         way = data.draw(ways(len(rollout.completions)))
         found, metrics = computed(family, rollout, config, way, dtype)
         for name, value in wanted.items():
