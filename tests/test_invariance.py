@@ -1,9 +1,9 @@
 """What must not depend on how a step is cut up: the gradient, the metrics, the completions.
 
 The truth of a gradient is float64, one sequence at a time, through `transformers`' own forward pass and the kernels'
-plain twin. Steps are computed in float64 (but for rotary angles) and in float32. How far
-off is too far: 1e-6 of the largest entry of what the sequences' own gradients add up to without their signs, since what
-cancels between sequences cannot be told from rounding.
+plain twin. Steps are computed in float64 (but for rotary angles) and in float32. How far off is too far: 1e-6 of the
+largest entry of what the sequences' own gradients add up to without their signs, since what cancels between sequences
+cannot be told from rounding.
 
 `INVARIANCE_EXAMPLES=2000 pytest tests/test_invariance.py` looks longer, at other examples each time.
 """
@@ -170,8 +170,9 @@ def computed(
         return pack_chosen(*args, share_prefix=share_prefix and way.share_prefix, **kwargs)
 
     def kept(rollout: Rollout, sequences: list[int], loss: LossConfig, *, mask_truncated: bool) -> list[int]:
-        if way.skipping:
-            return with_signal(rollout, sequences, loss, mask_truncated=mask_truncated)
+        chosen = with_signal(rollout, sequences, loss, mask_truncated=mask_truncated)
+        if way.skipping or not chosen:  # a step without any signal is never computed
+            return chosen
         all_alike = replace(rollout, advantages=torch.ones_like(rollout.advantages))
         return with_signal(all_alike, sequences, loss, mask_truncated=mask_truncated)
 
