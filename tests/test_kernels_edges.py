@@ -1,0 +1,62 @@
+"""Edges that only a changed line of the operations showed to be untested (`python -m tests.endurance.mutants`)."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+from grpo_kernels import LossConfig, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob, reference
+
+
+def test_metrics_of_a_call_without_any_active_token_are_zero() -> None:
+    lp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    config = LossConfig.preset("dapo")
+    _, metrics = grpo_loss(
+        lp,
+        torch.ones(2),
+        config,
+        loss_mask=torch.zeros(2, dtype=torch.bool),
+        rollout_logprobs=lp.detach() - 1,
+    )
+    assert metrics and all(value.item() == 0.0 for value in metrics.values()), metrics
+
+
+@pytest.mark.parametrize("name", ["softcap", "temperature"])
+@pytest.mark.parametrize("value", [0.0, -0.5, float("inf"), float("nan")])
+def test_divisors_of_the_head_are_positive_and_finite(name: str, value: float) -> None:
+    hidden, weight, targets = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
+        linear_logprob(hidden, weight, targets, **cast(Any, {name: value}))
+
+
+def test_groups_of_one_are_allowed_and_have_no_advantage() -> None:
+    assert group_advantages(torch.tensor([1.0, 2.0, 5.0]), group_size=1).tolist() == [0.0, 0.0, 0.0]
+    for bad in (0, -1, 2):
+        with pytest.raises(ValueError, match="group_size must divide"):
+            group_advantages(torch.ones(3), group_size=bad)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_gradients_are_multiplied_by_whatever_the_loss_is(factor: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    found = []
+    for operation in (linear_grpo_loss, reference.linear_grpo_loss):
+        draw.manual_seed(0)
+        hidden = torch.randn(5, 4, generator=draw, dtype=torch.float64).requires_grad_()
+        weight = torch.randn(7, 4, generator=draw, dtype=torch.float64).requires_grad_()
+        targets, advantages = torch.arange(5), torch.randn(5, generator=draw, dtype=torch.float64)
+        loss, _ = operation(hidden, weight, targets, advantages, LossConfig.preset("dapo"))
+        (factor * loss).backward()
+        found.append((hidden.grad, weight.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("value", ["auto", "torch"])
+def test_a_shared_vocabulary_is_computed_in_torch_only(value: str) -> None:
+    hidden, weight, targets = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
+    group = cast(Any, object())
+    for refused in ("triton", "fused"):
+        with pytest.raises(ValueError, match="backend must be auto or torch with vocab_group"):
+            linear_logprob(hidden, weight, targets, backend=refused, vocab_group=group)
+    with pytest.raises(Exception, match=r"(?s)^(?!.*must be auto or torch)"):  # a group that is none
+        linear_logprob(hidden, weight, targets, backend=value, vocab_group=group)
