@@ -41,7 +41,11 @@ def sound() -> Path:
     Policy.from_model(causal_model("llama", **SMALL), byte_tokenizer()).save(place / "policy")
     adapted = Policy.load(place / "policy", lora=LoraSettings(rank=2))
     adapted.save(place / "adapter")
-    judge = reward_model([Head(name="safety"), Head(name="tone", kind="binary")], "llama", **SMALL)
+    judge = reward_model(
+        [Head(name="safety"), Head(name="tone", kind="binary")],
+        "llama",
+        **SMALL,  # pyright: ignore[reportArgumentType]
+    )
     judge.statistics = FeatureStatistics.fit(torch.randn(40, 16), torch.randn(20, 16))
     judge.save(place / "reward")
     return place
