@@ -79,7 +79,7 @@ def misfit(value: Any, shape: Shape, name: str = "") -> str:
     if not isinstance(value, dict):
         return f"{_named(name)} must be an object, got {shown(value)}"
     if isinstance(shape, Each):
-        inner = dict.fromkeys(value, shape.shape)
+        inner: dict[str, Any] = dict.fromkeys(value, shape.shape)
     else:
         rest = shape.get("*")
         inner = {key: shape.get(key, rest) for key in value} | {

@@ -41,7 +41,7 @@ def inputs(target: Target, name: str, number: int, base: int, first: int) -> Ite
             database=None,
             deadline=None,
             phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
         )
         @given(documents(target.form, corpus))
         def invent(data: bytes) -> None:
