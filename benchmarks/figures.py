@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 import matplotlib.pyplot as plt
 
 from benchmarks.page import pages_of

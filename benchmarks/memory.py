@@ -192,6 +192,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
     import matplotlib.pyplot as plt
 
     rows = [row for row in record["cases"] if row["ratio"]]

@@ -197,6 +197,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
     import matplotlib.pyplot as plt
 
     runs = record["runs"]

@@ -194,6 +194,17 @@ def test_an_error_is_one_plain_line(payload, capsys):
         assert plain_text(said[:-1], one_line=True) == said[:-1] and len(said) < LONGEST + 20
 
 
+def test_a_dollar_in_a_name_is_drawn_as_one():
+    from benchmarks import figures
+
+    figure, axes = figures.plt.subplots()
+    axes.set_title("$\\frac{ a $ b")
+    axes.plot([1, 2], label="$x_1$")
+    axes.legend()
+    figure.savefig(io.BytesIO(), format="png")  # mathtext would refuse it
+    figures.plt.close(figure)
+
+
 # ---- secrets ----
 
 

@@ -15,6 +15,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
     import matplotlib.pyplot as plt
 
     rows = [row for row in record["ablations"] if row["part"] != "advantages"][::-1]  # too short to be drawn

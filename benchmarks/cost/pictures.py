@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes

@@ -143,6 +143,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
     import matplotlib.pyplot as plt
 
     colours = {"before": "#b8b8b8", "after": "#1f6f8b"}

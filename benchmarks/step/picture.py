@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 

@@ -184,6 +184,7 @@ def draw(looks: list[Look], found: dict[str, dict[str, Any]], path: Path) -> Non
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(len(QUANTITIES), 1, sharex=True, figsize=(7, 1.5 * len(QUANTITIES)))

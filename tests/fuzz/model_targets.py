@@ -22,7 +22,7 @@ from grpo_fast.trust.distance import FILE, FeatureStatistics
 from tests.fuzz.target import Target
 from tests.tiny_models import byte_tokenizer, causal_model, reward_model
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 8,
     "intermediate_size": 8,
     "num_hidden_layers": 1,
