@@ -41,11 +41,7 @@ def inputs(target: Target, name: str, number: int, base: int, first: int) -> Ite
             database=None,
             deadline=None,
             phases=[Phase.generate],
-<<<<<<< HEAD
-            suppress_health_check=[*HealthCheck.__members__.values()],
-=======
             suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
->>>>>>> hostile
         )
         @given(documents(target.form, corpus))
         def invent(data: bytes) -> None:
