@@ -15,10 +15,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 import matplotlib.pyplot as plt
 
 from benchmarks.page import pages_of
+
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 
 OURS = ("torch", "triton", "fused")
 COLOURS = {"torch": "#1f6f8b", "triton": "#1f6f8b", "fused": "#2a9d8f", "products": "#b8b8b8"}

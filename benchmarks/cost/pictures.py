@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,6 +36,8 @@ from benchmarks.cost.analysis import (
 from benchmarks.cost.curves import CURRENCIES, Comparison, end, quality_at
 from benchmarks.cost.tables import PARTS, PHASES, number
 from benchmarks.cost.terms import mixed
+
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 
 FAMILIES = {  # tones of a family, darkest first; within one the line style tells them apart too
     "grpo": ("#0b4f8a", "#3f8fd2", "#93c4ee"),

@@ -17,12 +17,13 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.page import pages_of
 from benchmarks.step.phases import PHASES
+
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 
 COLOURS = {
     "prefill": "#8ecae6",
