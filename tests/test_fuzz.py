@@ -11,7 +11,7 @@ from tests.fuzz.planted import PLANTED
 from tests.fuzz.target import attempt
 from tests.fuzz.targets import TARGETS, inputs_of
 
-SHORT = 1500
+SHORT = 1000
 
 
 def tried(name: str, data: bytes, folder: Path) -> None:

@@ -130,12 +130,22 @@ def hostile_run(folder: Path, payload: str) -> Path:
     return folder
 
 
+PAGES = (write_report, write_reward_report, lambda run: _compared(run))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> list[set[str]]:
+    """The elements of each page of a run without hostile texts."""
+    run = hostile_run(tmp_path_factory.mktemp("sound") / "run", "word")
+    return [Page(write(run).read_text(encoding="utf-8")).tags for write in PAGES]
+
+
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_pages_hold_no_element_and_no_attribute_of_the_data(tmp_path, payload):
-    plain, hostile = hostile_run(tmp_path / "plain", "word"), hostile_run(tmp_path / "hostile", payload)
-    for write in (write_report, write_reward_report, lambda run: _compared(tmp_path, run)):
-        sound, page = (Page(write(run).read_text(encoding="utf-8")) for run in (plain, hostile))
-        assert page.tags <= sound.tags and not page.tags & {
+def test_pages_hold_no_element_and_no_attribute_of_the_data(tmp_path, payload, sound):
+    run = hostile_run(tmp_path / "run", payload)
+    for write, tags in zip(PAGES, sound, strict=True):
+        page = Page(write(run).read_text(encoding="utf-8"))
+        assert page.tags <= tags and not page.tags & {
             "script",
             "iframe",
             "a",
@@ -150,12 +160,13 @@ def test_pages_hold_no_element_and_no_attribute_of_the_data(tmp_path, payload):
         assert " ".join(seen.split())[:15] in " ".join(page.text.split()), "the text itself is shown"
 
 
-def _compared(folder: Path, run: Path) -> Path:
-    other = folder / "other"
+def _compared(run: Path) -> Path:
+    other = run.parent / "other"
     if not other.exists():
         hostile_run(other, "other word")
-    (folder / "compare.html").write_text(compare_page(read_runs([run, other])), encoding="utf-8")
-    return folder / "compare.html"
+    page = run.parent / "compare.html"
+    page.write_text(compare_page(read_runs([run, other])), encoding="utf-8")
+    return page
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
