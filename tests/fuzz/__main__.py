@@ -67,7 +67,10 @@ def fuzz(
             name, at, died = _listen(left, seed, first, Path(scratch), planted, silence_s, found, tell)
             if not died:
                 break
-            found.add(name, died, (Path(scratch) / "current").read_bytes())
+            current = Path(scratch) / "current"
+            if not current.exists():
+                raise RuntimeError(f"the worker did not come to its first input: {died}")
+            found.add(name, died, current.read_bytes())
             first = at + 1
             left = {target: number for target, number in left.items() if target not in found.inputs}
             if first >= left.get(name, 0):
