@@ -9,13 +9,19 @@ CORES := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if 
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_ENV := PYTHONPATH=.:kernels:$$PYTHONPATH PYTHONUNBUFFERED=1
 
-.PHONY: train test lint format bench docs gpu-test gpu-bench clean
+.PHONY: train test coverage mutants lint format bench docs gpu-test gpu-bench clean
 
 train: $(VENV)/.ready
 	@$(BIN)/python -m grpo_fast.train $(ARGS)
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal --durations 8 $(ARGS)
+
+coverage: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal --cov --cov-report term $(ARGS)
+
+mutants: $(VENV)/.ready-dev
+	nice $(BIN)/python -m tests.endurance.mutants $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

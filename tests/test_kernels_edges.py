@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import grpo_kernels._torch_head as torch_head
 import pytest
 import torch
 from grpo_kernels import LossConfig, group_advantages, grpo_loss, linear_grpo_loss, linear_logprob, reference
@@ -60,3 +61,20 @@ def test_a_shared_vocabulary_is_computed_in_torch_only(value: str) -> None:
             linear_logprob(hidden, weight, targets, backend=refused, vocab_group=group)
     with pytest.raises(Exception, match=r"(?s)^(?!.*must be auto or torch)"):  # a group that is none
         linear_logprob(hidden, weight, targets, backend=value, vocab_group=group)
+
+
+def test_chunks_as_long_as_the_hidden_size_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses that couple tokens take a first pass over all chunks, whatever the numbers happen to be."""
+    monkeypatch.setattr(torch_head, "MOST_ROWS", 4)
+    found = []
+    for operation in (linear_grpo_loss, reference.linear_grpo_loss):
+        draw = torch.Generator().manual_seed(0)
+        hidden = torch.randn(8, 4, generator=draw, dtype=torch.float64).requires_grad_()
+        weight = torch.randn(7, 4, generator=draw, dtype=torch.float64).requires_grad_()
+        advantages = torch.randn(2, generator=draw, dtype=torch.float64)
+        targets, bounds = torch.arange(8) % 7, torch.tensor([0, 3, 8])
+        loss, _ = operation(hidden, weight, targets, advantages, LossConfig.preset("gspo"), cu_seqlens=bounds)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=0)

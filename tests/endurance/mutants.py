@@ -287,6 +287,11 @@ def tried(mutants: list[Mutant], limits: dict[str, float], until: float) -> Iter
         yield asdict(mutant) | {"outcome": result, "by": by, "seconds": round(seconds, 2)}
 
 
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two outcomes are of one mutant."""
+    return all(one[name] == other[name] for name in ("file", "operator", "occurrence"))
+
+
 def record(rows: list[dict[str, Any]], there: int, seed: int) -> dict[str, Any]:
     """What is kept: the counts, and every survivor."""
     known = equivalents()
@@ -356,7 +361,6 @@ def main() -> int:
         mutants = [
             Mutant(**{name: row[name] for name in names}) for row in rows if row["outcome"] != "killed"
         ]
-        rows = [row for row in rows if row["outcome"] == "killed"]
     if options.at:
         mutants = [mutant for mutant in mutants if f"{mutant.file}:{mutant.line}" in options.at]
     warm()
@@ -369,7 +373,7 @@ def main() -> int:
             return 1
         limits[name] = 20 + 4 * seconds
     for count, row in enumerate(tried(mutants, limits, until), start=1):
-        rows.append(row)
+        rows = [other for other in rows if not same(other, row)] + [row]
         if row["outcome"] == "survived":
             change = f"{row['before']}   ->   {row['after']}"
             print(f"{count}/{len(mutants)} survived: {row['file']}:{row['line']} {change}", flush=True)
