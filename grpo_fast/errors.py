@@ -15,8 +15,12 @@ class UserError(ValueError):
     The commands print it without a traceback and exit with code 2. Whatever it quotes, it is fit to be printed.
     """
 
-    def __init__(self, message: str) -> None:
+    agreed = False
+    """Whether every process of the run raises the same now, so that they may still do something together"""
+
+    def __init__(self, message: str, *, agreed: bool = False) -> None:
         super().__init__(error_line(message))
+        self.agreed = agreed
 
 
 class Stopped(Exception):

@@ -79,7 +79,7 @@ def update(
                 own = budget.run(batches_of, add_up, undo=optimizer.discard)
                 step_losses, step_metrics = pooled(policy.world, batches_of(budget.tokens), *own)
                 check_mismatch(step_metrics, mismatch_limit(config), ahead=config.rollout.ahead)
-            except UserError as error:
+            except (UserError, torch.OutOfMemoryError) as error:
                 if norms:
                     raise HalfUpdated(str(error)) from error
                 raise
@@ -305,7 +305,8 @@ def check_mismatch(batches: list[dict[str, Tensor]], limit: float, *, ahead: boo
         raise UserError(
             f"the engine's log-probs differ from the trainer's: KL divergence {divergence:.3g}, over the limit of "
             f"{limit:g} (engine.max_mismatch), {gap:.3g} a token on average. {older}See that the engine has the same "
-            "weights, dtype and sampling, raise the limit, or begin a new run that corrects for it (loss.mismatch)"
+            "weights, dtype and sampling, raise the limit, or begin a new run that corrects for it (loss.mismatch)",
+            agreed=True,
         )
 
 

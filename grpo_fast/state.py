@@ -189,6 +189,8 @@ class Steps:
         if not isinstance(error, UserError):
             self._saver.close()
             return
+        if self._run.world.size > 1 and not error.agreed:
+            raise error  # the others are somewhere else: nothing can be done together any more
         if self.done > self._logged:
             self._log()
         with suppress(UserError):  # it is on its way already

@@ -108,7 +108,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         with run.phase_timer("evaluate"):
             engine.push(policy.named_weights(), first)
             before = evaluate(task, engine, config, seed=base_seed)
-        run.logger.samples(sample_rows("before", 0, task, before, config.run.samples))
+        run.samples(sample_rows("before", 0, task, before, config.run.samples))
         run.world.first(lambda: save_evaluation(run.path, before))
 
     with (
@@ -168,7 +168,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                     engine.push(policy.named_weights(), done)
                     evaluation = evaluate(task, engine, config, seed=base_seed)
                 metrics |= means(evaluation)
-                run.logger.samples(sample_rows("step", done, task, evaluation, config.run.samples))
+                run.samples(sample_rows("step", done, task, evaluation, config.run.samples))
                 run.progress.sample(task.heldout[0].plain, evaluation.completions[0])
             steps.finish()
             stops = limits.exceeded and done < config.run.steps
@@ -181,7 +181,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
         with run.phase_timer("evaluate"):
             engine.push(policy.named_weights(), steps.done)
             after = evaluate(task, engine, config, seed=base_seed)
-        run.logger.samples(sample_rows("after", steps.done, task, after, config.run.samples))
+        run.samples(sample_rows("after", steps.done, task, after, config.run.samples))
         with run.phase_timer("save"):
             policy.save(run.path / "model", merge=config.policy.merge_on_save)
         write_results(run, config, task, before, after, steps=steps.done)

@@ -105,6 +105,8 @@ class World:
             answer = _DONE + work()
         except UserError as error:
             answer = _PROBLEM + str(error).encode()
+        except (torch.OutOfMemoryError, MemoryError, OSError) as error:
+            answer = _PROBLEM + f"{type(error).__name__}: {error}".encode()
         except Stopped:
             answer = _STOPPED
         answers = self.gather(answer, aside=aside, saving=saving)
@@ -113,7 +115,7 @@ class World:
                 raise Stopped
             if each[:1] == _PROBLEM:
                 problem = each[1:].decode()
-                raise UserError(problem if rank == 0 else f"rank {rank}: {problem}")
+                raise UserError(problem if rank == 0 else f"rank {rank}: {problem}", agreed=True)
         return [each[1:] for each in answers]
 
     def share(self, count: int) -> range:

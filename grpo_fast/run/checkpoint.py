@@ -95,9 +95,15 @@ class Folder:
         self.aside = self.parent / f".step-{step:06d}.tmp"
 
     def begin(self) -> None:
-        """Make the hidden folder; those of a process that was killed while it saved go away."""
+        """Make the hidden folder; what a process that was killed while it saved has left is put back or goes away."""
         self.parent.mkdir(parents=True, exist_ok=True)
         refuse_links(self.parent.parent)
+        for replaced in self.parent.glob(".step-*.replaced"):
+            place = self.parent / replaced.name.removeprefix(".").removesuffix(".replaced")
+            if place.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(place)
         for leftover in self.parent.glob(".step-*.tmp*"):
             shutil.rmtree(leftover)
         self.aside.mkdir()

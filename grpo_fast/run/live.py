@@ -103,10 +103,18 @@ class Run:
 
     def step(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Log and show step `step` (from 1) of the current phase."""
-        row = self.logger.step(self._phase, step, {**scalars, "memory_gib": round(peak_memory_gib(), 3)})
+        scalars = {**scalars, "memory_gib": round(peak_memory_gib(), 3)}
+        if self.world.size > 1 and self._phase == TOGETHER:  # a full disk is everybody's
+            row = self.world.first(lambda: self.logger.step(self._phase, step, scalars))
+        else:
+            row = self.logger.step(self._phase, step, scalars)
         self.progress.update(step, row)
         if self._phase == TOGETHER:
             self._agreed = self.world.any(self._signalled > 0)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Completions of an evaluation that all processes have made, for samples.jsonl."""
+        self.world.first(lambda: self.logger.samples(rows))
 
     def rows(self) -> list[dict[str, Any]]:
         """Every step logged so far, those before a resume included."""

@@ -156,7 +156,7 @@ class Limits:
     def check(self) -> None:
         """UserError, with advice, where a limit was passed for too long; called where everything is logged."""
         if self._end:
-            raise UserError(self._end)
+            raise UserError(self._end, agreed=True)
 
 
 def passed(rows: Sequence[Row]) -> list[tuple[int, str, str]]:
