@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,22 @@ def refused(world: World, folder: Path) -> list[str]:
     saver = Saver(aside=True)
     state.save(place, 1, made.model, optimizer, keep=2, world=world, saver=saver)
     saver.wait()
-    if world.rank == world.size - 1:
-        from grpo_fast.run import shards
+    fsync = os.fsync
 
-        def no_room(*_: Any) -> None:
+    def no_room(descriptor: int) -> None:
+        if world.rank == world.size - 1:
             raise OSError(28, "No space left on device")
+        fsync(descriptor)
 
-        shards.os.fsync = no_room  # type: ignore[assignment]
     problem = ""
     try:
+        os.fsync = no_room
         state.save(place, 2, made.model, optimizer, keep=2, world=world, saver=saver)
         saver.wait()
     except UserError as error:
         problem = str(error)
+    finally:
+        os.fsync = fsync
     saver.close()
     left = world.first(lambda: sorted(path.name for path in (place / "checkpoints").iterdir()))
     return [problem, *left]

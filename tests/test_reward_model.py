@@ -356,7 +356,7 @@ def test_folders_that_are_no_reward_model(tmp_path: Path):
         (lambda saved, rows: {"heads": [rows[0] | {"name": 3}]}, "head.s name must be a text, got 3"),
         (lambda saved, rows: {"heads": [rows[3] | {"cuts": []}]}, "depth is ordinal and has no cuts"),
         (lambda saved, rows: {"heads": [rows[3] | {"cuts": 2}]}, "cannot be read"),
-        (lambda saved, rows: saved | {"members": 0}, "members must be a number from 1 on"),
+        (lambda saved, rows: saved | {"members": 0}, "members must be a number from 1 to"),
         (lambda saved, rows: saved | {"members": 2}, "names the outputs .*safety/2.* config.json has"),
         (lambda saved, rows: saved | {"gaussian": "yes"}, "gaussian true or false"),
         (lambda saved, rows: saved | {"colour": 1}, "colour"),

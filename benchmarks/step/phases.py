@@ -112,9 +112,9 @@ def watched(policy: Policy, optimizer: Optimizer) -> Iterator[Clock]:
         clock.enter("body")
         return out, weights
 
-    def timed_step(lr: float) -> tuple[float, bool]:
+    def timed_step(lr: float, **told: Any) -> tuple[float, bool]:
         clock.enter("optimizer")
-        result = Optimizer.step(optimizer, lr)
+        result = Optimizer.step(optimizer, lr, **told)
         clock.enter("other")
         return result
 
