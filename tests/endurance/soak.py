@@ -128,7 +128,7 @@ def soaked(folder: Path, seconds: float, every: float) -> list[Look]:
                 progress.update(task, completed=at, description=f"soak: step {steps}")
                 time.sleep(every)
         process.send_signal(signal.SIGTERM)
-        code = process.wait(120)
+        code = process.wait(900)  # its report of all steps is written first
         assert code == 130, f"stopped by SIGTERM it ended with {code}: {output.read_text()[-2000:]}"
     return looks
 
