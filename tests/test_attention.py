@@ -48,7 +48,9 @@ def weighted(logprobs: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("family", [*FAMILIES, *WITH_SINKS])
 def test_packed_equals_one_by_one(family: str, share_prefix: bool) -> None:
     reference = tiny_model(family)
-    if family == "gpt_oss":  # grouped products round by the batch's size, and a router close to a tie falls either way
+    if (
+        family == "gpt_oss"
+    ):  # grouped products round by the batch's size, and a router close to a tie falls either way
         reference.set_experts_implementation("eager")
     model = use_packed_attention(copy.deepcopy(reference))
     data = ragged()

@@ -122,3 +122,16 @@ def test_counting_repetition_costs_next_to_nothing():
     started = time.perf_counter()
     repeated(step, 8)
     assert time.perf_counter() - started < 1.0
+
+
+def test_a_step_is_watched_in_the_same_time_however_many_there_were():
+    watch, rows = Watch(), rewards([0.5 + 0.001 * (i % 7) for i in range(6000)])
+    spent = []
+    for part in (rows[:500], rows[500:-500], rows[-500:]):
+        began = time.process_time()
+        for row in part:
+            watch.step(row)
+        spent.append(time.process_time() - began)
+    assert spent[2] < 4 * spent[0] + 0.05, (
+        spent
+    )  # it grew with the run when every step read all rows again

@@ -7,22 +7,17 @@ change is what one trains for. That entropy which is used up stops all progress:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-WINDOW = 5
-"""Steps that are averaged."""
+from grpo_fast.trust.history import WINDOW, History, Row, Series, Values, mean
+
 RECENT = 25
 """Steps within which a length that doubles has exploded; over hundreds of steps it may have been learned."""
 DROP = 0.5
 """Standard deviations (of the first groups' rewards) by which rewards must have fallen: a window's mean is uncertain by
 about 0.1 at 16 prompts a step."""
-
-Row = Mapping[str, Any]
-Values = list[tuple[int, float]]
-"""(step, value)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,85 +104,88 @@ def signs(rows: Sequence[Row], weights: Mapping[str, float] | None = None) -> di
 
     `weights`: of the objectives, negative where lower is better (default 1 each). Needs two windows of steps.
     """
+    return signs_of(History(rows), weights)
+
+
+def signs_of(
+    history: History, weights: Mapping[str, float] | None = None, *, said: Collection[str] = ()
+) -> dict[str, str]:
+    """`signs` of a history that grows, without those that were `said`; `weights` are the same every time."""
     found: dict[str, str] = {}
-    if len(rows) < 2 * WINDOW:
+    if history.steps < 2 * WINDOW:
         return found
     for name, rule in RULES.items():
-        values = _values(rows, rule.metric)
-        if len(values) < 2 * WINDOW:
+        values = history.series(rule.metric).values
+        if name in said or len(values) < 2 * WINDOW:
             continue
-        now = _mean(values[-WINDOW:])
+        now = mean(values[-WINDOW:])
         against = _against(values, rule.against)
         if rule.broken(against, now):
             began = _began(values, lambda value, rule=rule, against=against: rule.broken(against, value))
             found[name] = rule.sentence.format(now=now, against=against, began=began)
-    found |= _rewards(rows, weights or {})
+    if "reward_collapse" not in said:
+        found |= _collapse(progress(history, weights or {}))
+    if "no_spread" not in said:
+        found |= _no_spread(history)
     return found
 
 
-def progress(rows: Sequence[Row], weights: Mapping[str, float]) -> Values:
+def progress(history: History, weights: Mapping[str, float]) -> Series:
     """Weighted mean of the objectives' rewards in each step, counted from the first WINDOW steps in standard deviations
     of their groups, so that objectives of any unit add up."""
-    total, parts = 0.0, []
-    for name in sorted({key.removeprefix("reward/") for key in rows[0] if key.startswith("reward/")}):
-        values, spread = _values(rows, f"reward/{name}"), _values(rows[:WINDOW], f"group_std/{name}")
-        scale, weight = _mean(spread), weights.get(name, 1.0)
-        if len(values) == len(rows) and scale > 0:
-            start = _mean(values[:WINDOW])
-            parts.append([weight * (value - start) / scale for _, value in values])
-            total += abs(weight)
+    parts = []
+    for name in sorted(key.removeprefix("reward/") for key in history.first if key.startswith("reward/")):
+        values = history.series(f"reward/{name}").values
+        spread = [each for each in history.series(f"group_std/{name}").values if each[0] <= WINDOW]
+        if len(values) == history.steps and (scale := mean(spread)) > 0:
+            parts.append((name, values, mean(values[:WINDOW]), scale, weights.get(name, 1.0)))
+    names = tuple(name for name, *_ in parts)
+    if names != history.progress_of:  # an objective was not scored in some step: it counts no more
+        history.progress, history.progress_of = Series(), names
+    total = sum(abs(weight) for *_, weight in parts)
     if not total:
-        return []
-    return [(step, sum(each) / total) for step, each in enumerate(zip(*parts, strict=True), start=1)]
+        return Series()
+    for step in range(len(history.progress.values), history.steps):
+        moved = sum(weight * (values[step][1] - start) / scale for _, values, start, scale, weight in parts)
+        history.progress.add(step + 1, moved / total)
+    return history.progress
 
 
-def _rewards(rows: Sequence[Row], weights: Mapping[str, float]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    values = progress(rows, weights)
-    if values:
-        now = _mean(values[-WINDOW:])
-        ends = range(WINDOW, len(values) - WINDOW + 1)
-        best, end = max((_mean(values[end - WINDOW : end]), end) for end in ends)
-        if now < -DROP or (best - now > DROP and now < best / 3):
-            found["reward_collapse"] = (
-                f"the rewards have fallen back to {now:+.2f} standard deviations against the start, from {best:+.2f} "
-                f"at step {values[end - 1][0]}: go back to a checkpoint before that, with a lower optim.lr or a higher "
-                "loss.kl_coef"
-            )
-    names = [key for key in rows[-1] if key.startswith("group_std/")]
-    series = {key: _values(rows, key) for key in names}
+def _collapse(series: Series) -> dict[str, str]:
+    if not series.values:
+        return {}
+    now = mean(series.values[-WINDOW:])
+    best, count = series.highest[-1 - WINDOW]  # of the windows before the last one
+    if not (now < -DROP or (best - now > DROP and now < best / 3)):
+        return {}
+    return {
+        "reward_collapse": f"the rewards have fallen back to {now:+.2f} standard deviations against the start, from "
+        f"{best:+.2f} at step {series.values[count - 1][0]}: go back to a checkpoint before that, with a lower "
+        "optim.lr or a higher loss.kl_coef"
+    }
+
+
+def _no_spread(history: History) -> dict[str, str]:
+    series = [history.series(key).values for key in history.last if key.startswith("group_std/")]
     shares = [
-        _mean(those[-WINDOW:]) / start
-        for those in series.values()
-        if len(those) >= 2 * WINDOW and (start := _mean(those[:WINDOW])) > 0
+        mean(values[-WINDOW:]) / start
+        for values in series
+        if len(values) >= 2 * WINDOW and (start := mean(values[:WINDOW])) > 0
     ]
-    if shares and _mean(list(enumerate(shares))) < 0.05:
-        found["no_spread"] = (
-            f"completions of one prompt differ in reward by {_mean(list(enumerate(shares))):.0%} of what they did: "
-            "their comparison is mostly noise by now; stop here, or take harder prompts"
-        )
-    return found
-
-
-def _values(rows: Sequence[Row], key: str) -> Values:
-    """(step, value) of the steps that logged a finite number; steps are counted from 1."""
-    found = ((step, row.get(key)) for step, row in enumerate(rows, start=1))
-    return [
-        (step, float(value))
-        for step, value in found
-        if isinstance(value, int | float) and math.isfinite(value)
-    ]
-
-
-def _mean(values: Sequence[tuple[int, float]]) -> float:
-    return sum(value for _, value in values) / len(values) if values else 0.0
+    share = mean(list(enumerate(shares)))
+    if not shares or share >= 0.05:
+        return {}
+    return {
+        "no_spread": f"completions of one prompt differ in reward by {share:.0%} of what they did: their comparison is "
+        "mostly noise by now; stop here, or take harder prompts"
+    }
 
 
 def _against(values: Values, against: str) -> float:
     if against == "start":
-        return _mean(values[:WINDOW])
+        return mean(values[:WINDOW])
     recent = values[-RECENT:-WINDOW]
-    means = [_mean(recent[i : i + WINDOW]) for i in range(max(1, len(recent) - WINDOW + 1))]
+    means = [mean(recent[i : i + WINDOW]) for i in range(max(1, len(recent) - WINDOW + 1))]
     return min(means) if against == "lowest" else max(means)
 
 

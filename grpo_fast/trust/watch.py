@@ -10,12 +10,10 @@ batch rings no bell.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from grpo_fast.trust import degeneration
+from grpo_fast.trust.history import WINDOW, History, Row, Series, mean
 
-WINDOW = 5
-"""Steps that are averaged."""
 OUTSIDE = 0.15
 """Share of completions outside the reward model's training distribution that is too much (5% is to be expected)."""
 OUTSIDE_GROWTH = 2.0
@@ -28,31 +26,35 @@ in the first steps."""
 SPREAD_GROWTH = 1.5
 """How many times its lowest spread so far an ensemble may reach."""
 
-Row = Mapping[str, Any]
-
 
 def signs(rows: Sequence[Row]) -> dict[str, str]:
     """What the last steps of `rows` (metrics, the first step first) warn of: name -> sentence. Empty when all is well.
 
     Reads `outside_frac`, `distance` and `spread/<objective>`; needs two windows of steps.
     """
+    return signs_of(History(rows))
+
+
+def signs_of(history: History) -> dict[str, str]:
+    """`signs` of a history that grows."""
     found: dict[str, str] = {}
-    if len(rows) < 2 * WINDOW:
+    if history.steps < 2 * WINDOW:
         return found
-    share = _windows(rows, "outside_frac")
+    share = _windows(history.series("outside_frac"))
     if share and share[1] > min(STRANGE, max(OUTSIDE, OUTSIDE_GROWTH * share[0])):
         found["outside"] = (
             f"{share[1]:.0%} of the completions are unlike anything the reward model was trained on "
             f"({share[0]:.0%} at best): its scores may mean nothing there"
         )
-    far = _windows(rows, "distance")
-    if far and far[0] > 0 and far[1] > max(DISTANCE_GROWTH * far[0], _first(rows, "distance")):
+    distance = history.series("distance")
+    far = _windows(distance)
+    if far and far[0] > 0 and far[1] > max(DISTANCE_GROWTH * far[0], mean(distance.values[:WINDOW])):
         found["distance"] = (
             f"completions lie {far[1] / far[0]:.2f} times as far from what the reward model was trained on as they "
             "did: its scores are worth less there"
         )
-    for key in (key for key in rows[-1] if key.startswith("spread/")):
-        if (spread := _windows(rows, key)) and spread[1] > SPREAD_GROWTH * spread[0] > 0:
+    for key in (key for key in history.last if key.startswith("spread/")):
+        if (spread := _windows(history.series(key))) and spread[1] > SPREAD_GROWTH * spread[0] > 0:
             name = key.removeprefix("spread/")
             found[key] = (
                 f"the reward model is {spread[1] / spread[0]:.1f} times as unsure of {name} as it was: what the policy "
@@ -61,17 +63,9 @@ def signs(rows: Sequence[Row]) -> dict[str, str]:
     return found
 
 
-def _first(rows: Sequence[Row], key: str) -> float:
-    """The mean over the first WINDOW steps that logged `key`."""
-    values = [row[key] for row in rows if isinstance(row.get(key), int | float)][:WINDOW]
-    return sum(values) / len(values)
-
-
-def _windows(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
-    """The lowest mean over WINDOW steps that logged `key`, of those before the last window, and the last one's."""
-    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
-    means = [sum(values[i : i + WINDOW]) / WINDOW for i in range(len(values) - WINDOW + 1)]
-    return (min(means[:-WINDOW]), means[-1]) if len(means) > WINDOW else None
+def _windows(series: Series) -> tuple[float, float] | None:
+    """The lowest mean over WINDOW steps, of those before the last window, and the last one's."""
+    return (series.lowest[-1 - WINDOW], series.means[-1]) if len(series.means) > WINDOW else None
 
 
 _METRICS = {
@@ -100,7 +94,7 @@ class Watch:
 
     def __init__(self, rows: Sequence[Row] = (), *, weights: Mapping[str, float] | None = None) -> None:
         """`rows`: the steps that an earlier process took; `weights`: the objectives' (see `degeneration.signs`)."""
-        self._rows = [dict(row) for row in rows]
+        self._history = History(rows)
         self._weights = weights
         self._said = {
             key.removeprefix("warning/") for row in rows for key in row if key.startswith("warning/")
@@ -108,8 +102,9 @@ class Watch:
 
     def step(self, metrics: Row) -> dict[str, str]:
         """The signs that this step shows for the first time."""
-        self._rows.append(dict(metrics))
-        found = signs(self._rows) | degeneration.signs(self._rows, self._weights)
+        self._history.add(dict(metrics))
+        found = signs_of(self._history)
+        found |= degeneration.signs_of(self._history, self._weights, said=self._said)
         new = {name: text for name, text in found.items() if name not in self._said}
         self._said |= new.keys()
         return new
