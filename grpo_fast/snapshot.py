@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_shared
 
 from grpo_fast.errors import UserError
-from grpo_fast.models.sharded import full
+from grpo_fast.models.sharded import full, own_stretch
 from grpo_fast.optim import lowbit
 from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.parallel.world import World
@@ -198,14 +198,8 @@ def _on_host(named: Mapping[str, Tensor], world: World, *, together: bool, copy:
 def _host_copy(value: Tensor) -> Tensor:
     if not isinstance(value, DTensor):
         return value.detach().to("cpu", copy=True)
-    return DTensor.from_local(
-        value.to_local().detach().to("cpu", copy=True),
-        _host_mesh(value.device_mesh),
-        value.placements,
-        run_check=False,
-        shape=value.shape,
-        stride=value.stride(),
-    )
+    local = value.to_local().detach().to("cpu", copy=True)
+    return lowbit.shared_like(local, value, _host_mesh(value.device_mesh))
 
 
 def _like_parameters(moments: Named, optimizer: Optimizer) -> Named:
@@ -219,15 +213,9 @@ def _like_parameters(moments: Named, optimizer: Optimizer) -> Named:
         if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
             found[name] = value
             continue
-        local = value.to_local() if isinstance(value, DTensor) else _own_part(value, parameter)
+        local = value.to_local() if isinstance(value, DTensor) else value[own_stretch(parameter)].clone()
         found[name] = lowbit.shared_like(local.to(parameter.device), parameter)
     return found
-
-
-def _own_part(whole: Tensor, parameter: DTensor) -> Tensor:
-    rows = -(-parameter.shape[0] // parameter.device_mesh.size())
-    first = rows * parameter.device_mesh.get_local_rank()
-    return whole[first : first + rows].clone()
 
 
 def _local(value: Tensor) -> Tensor:

@@ -132,6 +132,4 @@ def test_a_step_is_watched_in_the_same_time_however_many_there_were():
         for row in part:
             watch.step(row)
         spent.append(time.process_time() - began)
-    assert spent[2] < 4 * spent[0] + 0.05, (
-        spent
-    )  # it grew with the run when every step read all rows again
+    assert spent[2] < 4 * spent[0] + 0.05, spent  # it grew with the run when every step read all rows again

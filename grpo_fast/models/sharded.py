@@ -170,7 +170,7 @@ def logprobs_by_vocabulary(
     """
     group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
     weight: Any = head["weight"]
-    own, start = _own_rows(weight, size), _first_row(weight, rank, size)
+    own, start = _own_rows(weight, size), own_stretch(weight).start
     counts = row_counts(targets, group)
     bias = head["bias"]
     logprobs, entropy = linear_logprob(
@@ -192,9 +192,12 @@ def _own_rows(shared: DTensor, size: int) -> Tensor:
     return cast(Tensor, _Scaled.apply(shared.to_local(), 1 / size))
 
 
-def _first_row(shared: DTensor, rank: int, size: int) -> int:
-    """Where this process's rows begin: `Shard(0)` deals them out in stretches of one length, the last ones shorter."""
-    return min(rank * -(-shared.shape[0] // size), shared.shape[0])
+def own_stretch(shared: DTensor) -> slice:
+    """This process's rows: `Shard(0)` deals them out in stretches of one length, the last ones shorter."""
+    count, mesh = shared.shape[0], shared.device_mesh
+    length = -(-count // mesh.size())
+    first = min(length * mesh.get_local_rank(), count)
+    return slice(first, min(first + length, count))
 
 
 def row_counts(own: Tensor, group: dist.ProcessGroup) -> list[int]:

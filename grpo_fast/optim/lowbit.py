@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -106,11 +107,11 @@ def widened(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def shared_like(local: Tensor, other: DTensor) -> DTensor:
-    """This process's share of a tensor that is shared out as `other` is, on its device."""
+def shared_like(local: Tensor, other: DTensor, mesh: DeviceMesh | None = None) -> DTensor:
+    """This process's share of a tensor that is shared out as `other` is, over its processes' devices or `mesh`."""
     return DTensor.from_local(
         local,
-        other.device_mesh,
+        mesh or other.device_mesh,
         other.placements,
         run_check=False,
         shape=other.shape,
