@@ -109,7 +109,7 @@ class Dumps:
         needed = sum(p.numel() * p.element_size() for p in self._policy.trainable_parameters())
         newest = checkpoint.latest(self._run_dir)
         # a checkpoint is written whole before an older one goes: that much must stay free
-        spare = sum(file.stat().st_size for file in newest.iterdir()) if newest else 3 * needed
+        spare = _size(newest) if newest else 3 * needed
         free = shutil.disk_usage(self._run_dir).free
         if free < needed + spare:
             return (
@@ -142,6 +142,14 @@ class Dumps:
             "loss_config": asdict(loss_config(config)),
             "config": to_toml(config),
         }
+
+
+def _size(folder: Path) -> int:
+    """Bytes of its files; 0 where it has been cleared away meanwhile."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir())
+    except FileNotFoundError:
+        return 0
 
 
 def full_parameters(policy: Policy) -> dict[str, Tensor]:

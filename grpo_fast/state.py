@@ -116,10 +116,10 @@ def restore(
 
     The dicts of `carried` are filled with what was saved under their names.
     """
-    path = checkpoint.latest(run_dir)
-    if path is None:
+    newest = world.first(lambda: str(checkpoint.latest(run_dir) or ""))
+    if not newest:
         return Restored(0, {}, {})
-    tensors, state = snapshot.put_back(path, model, optimizer, world)
+    tensors, state = snapshot.put_back(Path(newest), model, optimizer, world)
     for name, numbers in (carried or {}).items():
         numbers.update(state["carried"].get(name, {}))
     return Restored(int(state["step"]), tensors, state.get("ahead", {}))
@@ -169,10 +169,10 @@ class Steps:
         self._metrics = metrics
         return self.done
 
-    def finish(self) -> None:
-        """Log the step, and save it when that is due, at the end, and where the run is to stop."""
+    def finish(self, *, last: bool = False) -> None:
+        """Log the step, and save it when that is due, at the end, and where the run is to stop (`last`)."""
         self._log()
-        last = self.done == self._steps or self._run.stop_requested
+        last = last or self.done == self._steps or self._run.stop_requested
         if last or is_due(self.done, self._settings.save_every):
             self._save()
         elif self._run.world.size == 1 and self._saver.failed():  # several must find out at the same step

@@ -95,7 +95,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     )
     queue = PromptQueue(len(task.prompts), config.seed, rest=config.rollout.rest, state=carried["prompts"])
     optimizer.offload()
-    taken = [row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first]
+    taken = run.world.first(
+        lambda: [row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first]
+    )
     watch = Watch(taken, weights=dict(zip(task.scorer.names, task.scorer.weights.tolist(), strict=True)))
     limits = Limits(limits_of(config), taken)
     dumps = Dumps(run.path, config, policy, tell=run.progress.message)
@@ -110,6 +112,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
             before = evaluate(task, engine, config, seed=base_seed)
         run.samples(sample_rows("before", 0, task, before, config.run.samples))
         run.world.first(lambda: save_evaluation(run.path, before))
+        run.listen()
+        run.check_stop()
 
     with (
         Pipeline(queue, task, engine, config, timer=run.phase_timer) as pipeline,
@@ -170,8 +174,8 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
                 metrics |= means(evaluation)
                 run.samples(sample_rows("step", done, task, evaluation, config.run.samples))
                 run.progress.sample(task.heldout[0].plain, evaluation.completions[0])
-            steps.finish()
             stops = limits.exceeded and done < config.run.steps
+            steps.finish(last=stops)
             if run.stop_requested or stops:
                 write_results(run, config, task, before, None, steps=done)
             run.check_stop()

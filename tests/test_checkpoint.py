@@ -206,6 +206,15 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
     assert files_of(tmp_path) == before and names_of(tmp_path) == ["step-000001"]
 
 
+def test_every_name_on_the_way_to_a_checkpoint_reaches_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(checkpoint, "fsync_folder", synced.append)
+    saved = checkpoint.save(tmp_path, 1, groups(), {})
+    assert synced == [tmp_path, saved.with_name(".step-000001.tmp"), saved.parent]
+    checkpoint.save(tmp_path, 2, groups(), {})
+    assert tmp_path not in synced[3:]  # its entry is there already
+
+
 def test_a_refusal_by_the_system_half_way_through_a_file(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoint.save(tmp_path, 1, groups(), {})
@@ -235,7 +244,7 @@ def test_an_interrupt_while_saving_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_killed_process_leaves_a_hidden_folder_that_the_next_save_removes(tmp_path):
     script = (
         "import os, sys, torch\nfrom grpo_fast.run import checkpoint\n"
-        "checkpoint.fsync_folder = lambda path: os._exit(9)\n"
+        "checkpoint.fsync_folder = lambda path: path.name.endswith('.tmp') and os._exit(9)\n"
         "checkpoint.save(sys.argv[1], 1, {'model': {'w': torch.ones(3)}}, {})\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode == 9

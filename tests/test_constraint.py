@@ -147,9 +147,9 @@ def test_an_interrupted_run_goes_on_with_its_multipliers(tmp_path: Path, monkeyp
     log = Run.step
 
     def interrupted(self, number, scalars):
-        log(self, number, scalars)
         if number == 3:
             os.kill(os.getpid(), signal.SIGINT)
+        log(self, number, scalars)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", interrupted)

@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_fast.errors import UserError
-from grpo_fast.run import metrics
+from grpo_fast.run import lock, metrics
 from grpo_fast.run.command import run_command
 from grpo_fast.run.metrics import RunLogger, read_rows, read_summary, reproducible
 from grpo_fast.run.progress import Progress, duration, si, sparkline
@@ -27,6 +27,28 @@ from grpo_fast.shown import plain_text
 
 def create(path) -> RunLogger:
     return RunLogger.create(path, config_toml='name = "r"\n')
+
+
+def test_a_folder_that_is_being_written_is_held(tmp_path, monkeypatch):
+    run = tmp_path / "r"
+    with create(run) as log:
+        log.step("grpo", 1, {"loss": 1.0})
+        with pytest.raises(
+            UserError, match=rf"in use by process {os.getpid()} on .*: stop that one, or wait"
+        ):
+            RunLogger.resume(run, phase="grpo", step=1)
+        script = f"from grpo_fast.run.lock import hold; from pathlib import Path; hold(Path({str(run)!r}))"
+        other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert f"in use by process {os.getpid()}" in other.stderr
+    with RunLogger.resume(run, phase="grpo", step=1):
+        pass
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", without_locks)
+    with RunLogger.resume(run, phase="grpo", step=1), RunLogger.resume(run, phase="grpo", step=1):
+        pass
 
 
 def test_a_run_folder_holds_what_was_logged(tmp_path):
@@ -186,7 +208,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"cannot write .*summary\.json: No space left on device"):
             log.summary({"steps": 2})
         assert (tmp_path / "r" / "summary.json").read_bytes() == old
-        assert not list((tmp_path / "r").glob(".*"))
+        assert [path.name for path in (tmp_path / "r").glob(".*")] == [lock.LOCK]
 
 
 def test_a_disk_that_fills_leaves_whole_lines(tmp_path):

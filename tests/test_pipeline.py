@@ -152,9 +152,9 @@ def test_a_run_ahead_resumes_at_its_checkpoints_to_the_same_metrics(run, tmp_pat
     log = Run.step
 
     def interrupted(self, number, scalars):
-        log(self, number, scalars)
         if (self._phase, number) == ("grpo", 2):
             os.kill(os.getpid(), signal.SIGINT)
+        log(self, number, scalars)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", interrupted)
@@ -170,9 +170,9 @@ def test_resting_prompts_survive_an_interruption(run, tmp_path, monkeypatch):
     log = Run.step
 
     def interrupted(self, number, scalars):
-        log(self, number, scalars)
         if (self._phase, number) == ("grpo", 5):
             os.kill(os.getpid(), signal.SIGINT)
+        log(self, number, scalars)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", interrupted)

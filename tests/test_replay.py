@@ -159,6 +159,11 @@ def test_no_more_dumps_than_asked_for_and_none_where_the_disk_is_full(tmp_path: 
         patch.setattr("grpo_fast.dumps.shutil.disk_usage", lambda _: full)
         *_, told, dump = skipped_step(tmp_path / "full", config("dapo"))
     assert not dump.exists() and "MiB are free" in told[1]
+    gone = checkpoint.save(tmp_path / "gone", 1, {"model": {"a": torch.zeros(2)}}, {"step": 1})
+    with monkeypatch.context() as patch:  # cleared away between the look at the folder and that at its files
+        patch.setattr(checkpoint, "latest", lambda _: gone.with_name("step-000000"))
+        *_, dump = skipped_step(tmp_path / "gone", config("dapo"))
+    assert dump.exists()
     three = tmp_path / "three" / "dumps"
     for step in (1, 2, 3):
         (three / f"step-00000{step}").mkdir(parents=True)

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo_fast import train
+from grpo_fast.run import checkpoint
 from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import read_rows, reproducible
+from grpo_fast.state import Steps
 from grpo_fast.train import main
 from tests.tiny import TINY_MINIATURE, save_policy, write_config, write_prompts
 
@@ -101,9 +104,9 @@ def test_an_interrupted_run_goes_on_to_the_same_metrics(tiny_run, tmp_path, monk
     log = Run.step
 
     def interrupted(self, number, scalars):
-        log(self, number, scalars)
         if (self._phase, number) == (phase, step):
             os.kill(os.getpid(), signal.SIGINT)
+        log(self, number, scalars)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", interrupted)
@@ -115,6 +118,36 @@ def test_an_interrupted_run_goes_on_to_the_same_metrics(tiny_run, tmp_path, monk
     assert read_rows(run / "samples.jsonl") == read_rows(tiny_run / "samples.jsonl")
     ours, theirs = (json.loads((path / "summary.json").read_text())["objectives"] for path in (run, tiny_run))
     assert ours == theirs
+
+
+def test_a_signal_between_saving_and_stopping_loses_no_step(tmp_path, monkeypatch):
+    recipe = write_config(tmp_path / "tiny.toml")
+    finish = Steps.finish
+
+    def finished(self, **given):
+        finish(self, **given)
+        if self.done == 1:  # not saved: every second step is
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Steps, "finish", finished)
+    assert run_command("--config", recipe, "--output-dir", tmp_path, "--name", "late") == 130
+    newest = checkpoint.latest(tmp_path / "late")
+    assert newest is not None and newest.name == f"step-{metrics(tmp_path / 'late')[-1]['step']:06d}"
+
+
+def test_a_signal_in_the_first_evaluation_stops_before_a_step(tmp_path, monkeypatch):
+    recipe = write_config(tmp_path / "tiny.toml")
+    begin = train.save_evaluation
+
+    def saved(*arguments):
+        begin(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_evaluation", saved)
+        assert run_command("--config", recipe, "--output-dir", tmp_path, "--name", "early") == 130
+    assert all(row["phase"] != "grpo" for row in metrics(tmp_path / "early"))
+    assert (tmp_path / "early" / "evaluation_before.json").is_file()
 
 
 def test_sigterm_from_outside_saves_and_exits_130(tmp_path):

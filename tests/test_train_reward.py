@@ -131,9 +131,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_metrics(
     log = Run.step
 
     def interrupted(self, number, scalars):
-        log(self, number, scalars)
         if number == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
+        log(self, number, scalars)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", interrupted)

@@ -23,6 +23,7 @@ from grpo_fast.engines.faults import EngineError
 from grpo_fast.errors import UserError
 
 STOP_S = 10.0  # between asking it to end and killing it
+GONE_S = 2.0  # for what was killed to be gone; where nobody collects orphans, their entries stay
 # Runs the words after it, and ends their process group when standard input does: with this process, however it ends.
 _KEEPER = """
 exec 3<&0
@@ -147,6 +148,9 @@ class VllmServer:
             process.pid, signal.SIGKILL
         )  # the keeper's watch, and workers that outlived their parent
         process.wait()
+        deadline = time.monotonic() + GONE_S
+        while _signal_group(process.pid, 0) and time.monotonic() < deadline:  # killed, and not yet gone
+            time.sleep(0.01)
         if process.stdin is not None:
             process.stdin.close()
 
@@ -209,6 +213,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _signal_group(group: int, number: int) -> None:
+def _signal_group(group: int, number: int) -> bool:
+    """Whether there was somebody to send it to; signal 0 only asks."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
+        return True
+    return False

@@ -50,6 +50,7 @@ def job(device: torch.device) -> Iterator[tuple[World, Ending]]:
     with Heartbeat(world.rank, world.size, advice=lambda: ending.advice or "start it again") as heartbeat:
         try:
             yield world, ending
+            world.any(False)  # the first one may be writing its report yet: until then everybody is watched
         except UserError as error:
             if heartbeat.claims():
                 print(f"error: {error}", file=sys.stderr)

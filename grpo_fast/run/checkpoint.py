@@ -96,7 +96,11 @@ class Folder:
 
     def begin(self) -> None:
         """Make the hidden folder; what a process that was killed while it saved has left is put back or goes away."""
-        self.parent.mkdir(parents=True, exist_ok=True)
+        if not self.parent.is_dir():
+            self.parent.mkdir(parents=True)
+            fsync_folder(
+                self.parent.parent
+            )  # else a power cut could take every checkpoint with the folder's name
         refuse_links(self.parent.parent)
         for replaced in self.parent.glob(".step-*.replaced"):
             place = self.parent / replaced.name.removeprefix(".").removesuffix(".replaced")

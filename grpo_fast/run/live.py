@@ -56,7 +56,7 @@ def opened(world: World, make: Callable[[], RunLogger]) -> RunLogger | SilentLog
 
 
 class Run:
-    """Logs and shows every step. `stop_requested` turns true with the first SIGINT or SIGTERM.
+    """Logs and shows every step. After the first SIGINT or SIGTERM `stop_requested` turns true with the next `listen`.
 
     A second signal interrupts at once. On several processes the first one logs and shows, and a signal that reached
     one of them stops all after the same step. Use as a context manager.
@@ -69,7 +69,7 @@ class Run:
         self.progress = Progress(file=None if world.is_first else StringIO())
         self.phase_timer = logger.phase_timer
         self._signalled = 0.0  # when
-        self._agreed = False
+        self._stopping = False
         self._phase = ""
         self._stack = ExitStack()
 
@@ -84,17 +84,26 @@ class Run:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the run is to end after this step, on all its processes."""
-        together = self.world.size > 1 and self._phase == TOGETHER
-        return self._agreed if together else self._signalled > 0
+        """Whether the run is to end where it is, on all its processes.
+
+        Does not change between one `listen` and the next: whoever saves because of it and whoever stops because of it
+        see the same.
+        """
+        return self._stopping
+
+    def listen(self) -> None:
+        """Take note of a signal that has come since, on any process of a phase that all go through."""
+        signalled = self._signalled > 0
+        self._stopping = self.world.any(signalled) if self._phase == TOGETHER else signalled
 
     def closing(self, thing: Closed) -> Closed:
         """`thing`, which is closed when the run ends, however it ends."""
         return self._stack.enter_context(closing(thing))
 
     def begin(self, phase: str, steps: int, *, done: int = 0, objectives: Sequence[str] = ()) -> None:
-        """Start showing a phase of `steps` steps, `done` of which an earlier process took."""
+        """Start showing a phase of `steps` steps, `done` of which an earlier process took, and `listen`."""
         self._phase = phase
+        self.listen()
         self.progress.objectives = list(objectives)
         earlier = (
             [row for row in self.rows() if row["phase"] == phase and row["step"] <= done] if done else []
@@ -102,15 +111,14 @@ class Run:
         self.progress.phase(phase, steps, done=done, earlier=earlier)
 
     def step(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Log and show step `step` (from 1) of the current phase."""
+        """Log and show step `step` (from 1) of the current phase, and `listen`."""
         scalars = {**scalars, "memory_gib": round(peak_memory_gib(), 3)}
         if self.world.size > 1 and self._phase == TOGETHER:  # a full disk is everybody's
             row = self.world.first(lambda: self.logger.step(self._phase, step, scalars))
         else:
             row = self.logger.step(self._phase, step, scalars)
         self.progress.update(step, row)
-        if self._phase == TOGETHER:
-            self._agreed = self.world.any(self._signalled > 0)
+        self.listen()
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Completions of an evaluation that all processes have made, for samples.jsonl."""

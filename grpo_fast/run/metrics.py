@@ -21,6 +21,7 @@ import torch
 from grpo_fast.errors import UserError
 from grpo_fast.run.follow import ENDING, note_ending
 from grpo_fast.run.inside import refuse_links
+from grpo_fast.run.lock import hold
 from grpo_fast.run.progress import PHASES
 from grpo_fast.run.shapes import METRICS, SAMPLES, SUMMARY, Shape, is_finite, parsed
 
@@ -44,9 +45,11 @@ class RunLogger:
         earlier: Sequence[dict[str, Any]] = (),
         made_parent: bool = False,
         rewind: Callable[[], None] | None = None,
+        lock: FileIO,
     ) -> None:
         """Use `create` or `resume`."""
         self.path = path
+        self._lock = lock
         self.phase_s: dict[str, float] = {}
         self._untouched = new
         self._made_parent = made_parent
@@ -78,13 +81,20 @@ class RunLogger:
         made_parent = not path.parent.exists()
         try:
             path.mkdir(parents=True)
+            lock = hold(path)
             (path / "config.toml").write_text(config_toml, encoding="utf-8")
         except FileExistsError:
             raise UserError(f"run folder {path} already exists; go on with it: --resume {path}") from None
         except OSError as error:
             raise UserError(f"cannot create run folder {path}: {error.strerror or error}") from error
         return cls(
-            path, wandb_project=wandb_project, phase=PHASES[0], step=0, new=True, made_parent=made_parent
+            path,
+            wandb_project=wandb_project,
+            phase=PHASES[0],
+            step=0,
+            new=True,
+            made_parent=made_parent,
+            lock=lock,
         )
 
     @classmethod
@@ -108,6 +118,7 @@ class RunLogger:
         if not (path / "config.toml").is_file():
             raise UserError(f"{path} is not a run folder: it has no config.toml")
         refuse_links(path)
+        lock = hold(path)
         reached = (PHASES.index(phase), step)
         metrics = [row for row in read_rows(path / "metrics.jsonl", METRICS) if _place(row) <= reached]
         samples = [row for row in read_rows(path / "samples.jsonl", SAMPLES) if _kept_sample(row, reached)]
@@ -128,6 +139,7 @@ class RunLogger:
             new=False,
             earlier=metrics,
             rewind=rewind,
+            lock=lock,
         )
 
     def __enter__(self) -> "RunLogger":
@@ -139,7 +151,7 @@ class RunLogger:
         self.close(failed=kind is not None)
 
     def close(self, *, failed: bool = False) -> None:
-        """Close every file; TensorBoard and W&B are flushed."""
+        """Close every file and let the folder go; TensorBoard and W&B are flushed."""
         for file in self._files.values():
             file.close()
         try:
@@ -148,6 +160,8 @@ class RunLogger:
         except OSError as error:
             if not failed:  # else the error on its way says more
                 raise UserError(f"cannot write {self.path}/tensorboard: {error.strerror or error}") from error
+        finally:
+            self._lock.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(failed))
         if failed and self._untouched:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from grpo_fast.errors import UserError
 from grpo_fast.parallel.world import World
-from grpo_fast.run.checkpoint import SHARDS_VERSION, Folder, fsync_folder, read_state, save_failure
+from grpo_fast.run.checkpoint import SHARDS_VERSION, Folder, read_state, save_failure
 
 Named = dict[str, Tensor]
 Place = Callable[[str, torch.Size, torch.dtype], Tensor]
@@ -66,9 +66,12 @@ def save_shards(
                 )
         except CheckpointException as error:
             raise UserError(_reason(error, folder, needed)) from error
-        files = world.agreed(
-            lambda: _failing_well(lambda: _on_disk(folder.aside, world), folder, needed), saving=True
-        )
+        listed = world.agreed(lambda: [path.name for path in folder.aside.glob("*.safetensors")], saving=True)
+        names = sorted(
+            {name for names in listed for name in names}
+        )  # one's listing may lag behind others' files
+        own = [folder.aside / name for name in names[world.rank :: world.size]]
+        files = world.agreed(lambda: _failing_well(lambda: _on_disk(own), folder, needed), saving=True)
         entries = {name: entry for part in files for name, entry in part.items()}
         world.first(
             lambda: _failing_well(
@@ -110,16 +113,14 @@ def load_named(path: Path, place: Place, world: World) -> tuple[Named, dict[str,
     return named, read_state(path), aliases
 
 
-def _on_disk(folder: Path, world: World) -> dict[str, dict[str, Any]]:
+def _on_disk(own: list[Path]) -> dict[str, dict[str, Any]]:
     """This process's shards, fsynced, with their sizes and checksums."""
-    own = sorted(folder.glob("*.safetensors"))[world.rank :: world.size]
     entries = {}
     for path in own:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         entries[path.name] = {"size": path.stat().st_size, "sha256": digest}
-    fsync_folder(folder)
     return entries
 
 

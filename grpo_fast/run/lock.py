@@ -1,0 +1,43 @@
+"""One process at a time writes into a run's folder."""
+
+import os
+import socket
+from io import FileIO
+from pathlib import Path
+
+from grpo_fast.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: nobody is kept out
+    fcntl = None
+
+LOCK = ".lock"
+"""The file that is held; what stands in it is for whoever comes second."""
+
+
+def hold(run_dir: Path) -> FileIO:
+    """The open lock of a run's folder: its closing lets go, and so does the end of this process, however it ends.
+
+    UserError, with the other's number, where another process holds it. File systems that know no locks keep nobody out.
+    """
+    path = run_dir / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    file = FileIO(descriptor, "r+")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            holder = file.read(200).decode(errors="replace").strip() or "another process"
+        raise UserError(
+            f"run folder {run_dir} is in use by {holder}: stop that one, or wait until it has ended"
+        ) from None
+    except OSError:
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
