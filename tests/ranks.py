@@ -127,6 +127,7 @@ def _train(
     said: str,
     prepare: Callable[[int], None] | None,
 ) -> None:
+    from grpo_fast.parallel import heartbeat
     from grpo_fast.train import main
 
     os.chdir(folder)
@@ -135,6 +136,7 @@ def _train(
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    heartbeat.INTERVAL_S, heartbeat.CLOSED_S = 0.25, 1.0  # a fourth: tests wait for it
     if prepare is not None:
         prepare(rank)
     with suppress(KeyboardInterrupt):

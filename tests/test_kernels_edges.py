@@ -1,5 +1,6 @@
 """Edges that only a changed line of the operations showed to be untested (`python -m tests.endurance.mutants`)."""
 
+import sys
 from typing import Any, cast
 
 import grpo_kernels._torch_head as torch_head
@@ -78,3 +79,26 @@ def test_chunks_as_long_as_the_hidden_size_is_wide(monkeypatch: pytest.MonkeyPat
         found.append((loss.detach(), hidden.grad, weight.grad))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+def test_the_host_leaves_out_what_it_knows_to_count_for_nothing() -> None:
+    """What lies on the GPU is not waited for: such tokens are computed, and weighed with nothing."""
+    known = sys.modules["grpo_kernels.linear_grpo_loss"]._known_active
+    on_policy = LossConfig.preset("dapo")
+    anchored = LossConfig.preset("grpo", kl_coef=0.1)  # a token without advantage is pulled back all the same
+    token, sequence = torch.tensor([1.0, 0.0, -2.0, 0.0]), torch.tensor([0.0, 3.0])
+    bounds, mask = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 1, 0, 2])
+    away = {"device": "meta"}
+    for config, advantages, loss_mask, cu_seqlens, expected in (
+        (on_policy, token, None, None, [True, False, True, False]),
+        (on_policy, token, mask, None, [True, False, False, False]),
+        (on_policy, token, mask != 0, bounds, [True, False, False, False]),
+        (on_policy, sequence, None, bounds, [False, True, True, True]),
+        (on_policy, sequence, mask, bounds, [False, True, False, True]),
+        (on_policy, sequence, mask, bounds.to(**away), [True, True, False, True]),
+        (on_policy, token.to(**away), mask, None, [True, True, False, True]),
+        (on_policy, token, mask.to(**away), None, [True, False, True, False]),
+        (anchored, token, mask, None, [True, True, False, True]),
+        (anchored, sequence, None, bounds, [True] * 4),
+    ):
+        assert known(config, 4, advantages, loss_mask, cu_seqlens).tolist() == expected

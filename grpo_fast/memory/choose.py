@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from grpo_fast.memory.estimate import MemoryEstimate, Planner
@@ -152,7 +152,7 @@ def _way_out(planner: Planner, limit: int) -> str:
         flags = ("--policy.lora_rank 16 " if full else "") + "--policy.quantize nf4"
         steps.append(("training an adapter on 4-bit weights", flags, four))
     for what, flags, changes in steps:
-        other = Planner(replace(work, **changes))
+        other = planner.changed(**changes)
         found = choose(other, limit)
         if found is not None:
             more = found.flags(other)

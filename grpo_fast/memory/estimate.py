@@ -161,6 +161,12 @@ class Planner:
         self.work = work
         self._known: dict[tuple, Any] = {}
 
+    def changed(self, **changes: Any) -> Planner:
+        """A planner of the same models with fields of its `Work` changed; what was counted already is known to it."""
+        other = Planner(replace(self.work, **changes))
+        other._known = self._known
+        return other
+
     def estimate(self, **changes: Any) -> MemoryEstimate:
         """The memory of the run with fields of its `Work` changed."""
         return self.counts_and_estimate(**changes)[1]

@@ -126,9 +126,21 @@ def _rows_to_compute(
 ) -> Tensor | None:
     """Indices of tokens that reach the product, None for all: from what the host knows without waiting."""
     active = tokens.active
-    if active.device.type == "cpu":
-        return None if bool(active.all()) else active.nonzero().squeeze(1)
-    count = active.shape[0]
+    if active.device.type != "cpu":
+        active = _known_active(config, active.shape[0], advantages, loss_mask, cu_seqlens)
+    if bool(active.all()):
+        return None
+    return active.nonzero().squeeze(1).to(tokens.active.device, non_blocking=True)
+
+
+def _known_active(
+    config: LossConfig,
+    count: int,
+    advantages: Tensor,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """(count,) bool on the CPU: false where what lies there says that a token counts for nothing."""
     known = torch.ones(count, dtype=torch.bool)
     if loss_mask is not None and loss_mask.device.type == "cpu":
         known &= loss_mask != 0
@@ -138,7 +150,7 @@ def _rows_to_compute(
             known &= advantages != 0
         elif cu_seqlens is not None and cu_seqlens.device.type == "cpu":
             known &= (advantages != 0).repeat_interleave(cu_seqlens.diff())
-    return None if bool(known.all()) else known.nonzero().squeeze(1).to(active.device, non_blocking=True)
+    return known
 
 
 @torch.library.custom_op("grpo_kernels::linear_grpo_loss", mutates_args=())
