@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from grpo_fast.train import main
 
 PRELOADED = [
     "torch",
@@ -22,6 +27,9 @@ PRELOADED = [
     "peft",
     "tests.tiny_models",
     "grpo_fast.train",
+    "tensorboard.summary.writer.event_file_writer",
+    "torch.utils.tensorboard",
+    "matplotlib.pyplot",
 ]
 
 
@@ -86,61 +94,97 @@ def train_on_ranks(
     prepare: Callable[[int], None] | None = None,
     meanwhile: Callable[[list[int]], None] | None = None,
     limit_s: float = 60.0,
-) -> tuple[list[int | None], str]:
+) -> tuple[list[int], str]:
     """(exit codes in the order of ranks, all that was said) of `grpo_fast.train` with `flags`.
 
     Each process works in this one's folder. `prepare`, a function of a module, is called in it with its rank before the
     command, and breaks something; `meanwhile` is called here with the process numbers. AssertionError where a process
     is still there after `limit_s`.
     """
-    context, port = _server(), _free_port()
-    words = [str(flag) for flag in flags]
+    port = _free_port()
     processes = [
-        context.Process(
-            target=_train, args=(rank, size, port, os.getcwd(), words, str(said), prepare), daemon=True
-        )
+        Forked(main, flags, said, folder=Path.cwd(), before=partial(_as_rank, rank, size, port, prepare))
         for rank in range(size)
     ]
-    for process in processes:
-        process.start()
     try:
         if meanwhile is not None:
-            meanwhile([process.pid or 0 for process in processes])
+            meanwhile([process.pid for process in processes])
         deadline = time.monotonic() + limit_s
-        for process in processes:
-            process.join(max(0.1, deadline - time.monotonic()))
-        codes = [process.exitcode for process in processes]
+        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        said_so_far = said.read_text(errors="replace")
+        raise AssertionError(f"still there after {limit_s:g} s; said:\n{said_so_far}") from None
     finally:
         for process in processes:
-            process.kill()
-    text = said.read_text(errors="replace")
-    assert None not in codes, f"exit codes {codes} after {limit_s:g} s; said:\n{text}"
-    return codes, text
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+    return codes, said.read_text(errors="replace")
 
 
-def _train(
-    rank: int,
-    size: int,
-    port: int,
-    folder: str,
+class Forked:
+    """A command in a process forked from one that has imported what it needs; to be used as one of `subprocess`."""
+
+    def __init__(
+        self,
+        command: Callable[[list[str]], None],
+        words: Sequence[str | Path],
+        said: Path,
+        *,
+        folder: Path,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """`command`, a function of a module, with `words`, in `folder`, from which it also imports.
+
+        What it says is appended to `said`. `before` is called in the process first.
+        """
+        given = (command, [str(word) for word in words], str(said), str(folder), before)
+        self._process = _server().Process(target=_command, args=given, daemon=True)
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Until it ends; subprocess.TimeoutExpired where it does not."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("forked", timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """As long as it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _command(
+    command: Callable[[list[str]], None],
     words: list[str],
     said: str,
-    prepare: Callable[[int], None] | None,
+    folder: str,
+    before: Callable[[], None] | None,
 ) -> None:
-    from grpo_fast.parallel import heartbeat
-    from grpo_fast.train import main
-
     os.chdir(folder)
     sys.path.insert(0, folder)
-    _place(rank, size, port)
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    with suppress(KeyboardInterrupt):
+        command(words)
+
+
+def _as_rank(rank: int, size: int, port: int, prepare: Callable[[int], None] | None) -> None:
+    from grpo_fast.parallel import heartbeat
+
+    _place(rank, size, port)
     heartbeat.INTERVAL_S, heartbeat.CLOSED_S = 0.25, 1.0  # a fourth: tests wait for it
     if prepare is not None:
         prepare(rank)
-    with suppress(KeyboardInterrupt):
-        main(words)
 
 
 def _server() -> Any:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from grpo_fast.run.live import Run
 from grpo_fast.run.metrics import read_rows, reproducible
 from grpo_fast.state import Steps
 from grpo_fast.train import main
+from tests.ranks import Forked
 from tests.tiny import TINY_MINIATURE, save_policy, write_config, write_prompts
 
 REWARDS = '''
@@ -152,27 +152,17 @@ def test_a_signal_in_the_first_evaluation_stops_before_a_step(tmp_path, monkeypa
 
 def test_sigterm_from_outside_saves_and_exits_130(tmp_path):
     recipe = write_config(tmp_path / "tiny.toml", TINY_MINIATURE.replace("steps = 6", "steps = 5000"))
-    command = [
-        sys.executable,
-        "-m",
-        "grpo_fast.train",
-        "--config",
-        recipe,
-        "--output-dir",
-        tmp_path,
-        "--name",
-        "t",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.time() + 120
-        while time.time() < deadline:
-            rows = read_rows(tmp_path / "t" / "metrics.jsonl")
-            if rows and rows[-1]["phase"] == "grpo":
-                break
-            time.sleep(0.2)
-        process.terminate()
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    flags = ["--config", recipe, "--output-dir", tmp_path, "--name", "t"]
+    process = Forked(main, flags, tmp_path / "said.txt", folder=tmp_path)
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        rows = read_rows(tmp_path / "t" / "metrics.jsonl")
+        if rows and rows[-1]["phase"] == "grpo":
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    code, output = process.wait(60), (tmp_path / "said.txt").read_text()
+    assert code == 130, output
     assert "--resume" in output.splitlines()[-1]
     last = read_rows(tmp_path / "t" / "metrics.jsonl")[-1]["step"]
     assert (tmp_path / "t" / "checkpoints" / f"step-{last:06d}").is_dir()

@@ -12,13 +12,13 @@ import time
 from grpo_fast.train import main
 
 
-def train() -> None:
-    """Parse what is before `--`, and hand the rest to the command."""
+def train(words: list[str]) -> None:
+    """Take what is before `--`, and hand the rest to the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--full", type=int, default=0)
-    split = sys.argv.index("--")
-    asked = parser.parse_args(sys.argv[1:split])
+    split = words.index("--")
+    asked = parser.parse_args(words[:split])
     fsync, calls = os.fsync, 0
 
     def failing(descriptor: int) -> None:
@@ -31,8 +31,8 @@ def train() -> None:
         fsync(descriptor)
 
     os.fsync = failing
-    main(sys.argv[split + 1 :])
+    main(words[split + 1 :])
 
 
 if __name__ == "__main__":
-    train()
+    train(sys.argv[1:])

@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 
@@ -102,6 +104,45 @@ def allowed(outcome: Outcome) -> int:
     return INTERVAL * (2 if outcome.saving or outcome.moment == "after a full disk" else 1)
 
 
+class Started(Protocol):
+    """A process, as `subprocess` has it."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, signal: int, /) -> None: ...
+
+
+def words_of(
+    folder: Path, kind: str, name: str, resume: Path | None, disk: tuple[str, ...]
+) -> tuple[str, list[str], Path]:
+    """(module, its words, the file for what it says) of a run."""
+    flags = KINDS[kind].format(folder=folder).split()
+    flags += ["--output-dir", str(folder / "runs"), "--name", name]
+    flags += f"--run.steps {STEPS} --run.save-every {INTERVAL} --run.eval-every 6 --threads 1".split()
+    if resume is not None:
+        flags = ["--resume", str(resume)]
+    (folder / "output").mkdir(exist_ok=True)
+    said = folder / "output" / f"{name}.txt"
+    return ("tests.endurance.disk", [*disk, "--", *flags], said) if disk else ("grpo_fast.train", flags, said)
+
+
+def start(
+    folder: Path, kind: str, name: str, *, resume: Path | None = None, disk: tuple[str, ...] = ()
+) -> subprocess.Popen[bytes]:
+    """The command in a process of its own; what it says goes beside the run."""
+    module, words, said = words_of(folder, kind, name, resume, disk)
+    root = Path(__file__).parents[2]
+    environment = {"PYTHONPATH": f"{root}:{root / 'kernels'}:{folder}", "OMP_NUM_THREADS": "1"}
+    with said.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            stdout=output,
+            stderr=output,
+            cwd=folder,
+            env=inherited() | environment,
+        )
+
+
 MOMENTS = ("at random", "at random", "inside a save", "at random", "after a full disk")
 
 
@@ -113,8 +154,9 @@ def kills(
     console: Console,
     *,
     moments: tuple[str, ...] = MOMENTS,
+    start: Callable[..., Started] = start,
 ) -> list[Outcome]:
-    """`count` runs, one after the other."""
+    """`count` runs, one after the other, their processes by `start`."""
     (folder / "killed_rewards.py").write_text(REWARDS)
     save_policy(folder / "llama", "llama")
     write_prompts(folder / "prompts.jsonl")
@@ -132,7 +174,7 @@ def kills(
             straight[kind] = run, time.monotonic() - started
         # another one for each kind in turn
         moment = moments[(number + number // len(moments)) % len(moments)]
-        outcome = killed(folder, kind, moment, number, straight[kind], draw)
+        outcome = killed(folder, kind, moment, number, straight[kind], draw, start)
         outcomes.append(outcome)
         console.print(
             f"{number + 1}/{count} {kind}, {moment}: killed after {outcome.after_s:.1f} s at step {outcome.logged}, "
@@ -142,7 +184,13 @@ def kills(
 
 
 def killed(
-    folder: Path, kind: str, moment: str, number: int, straight: tuple[Path, float], draw: random.Random
+    folder: Path,
+    kind: str,
+    moment: str,
+    number: int,
+    straight: tuple[Path, float],
+    draw: random.Random,
+    start: Callable[..., Started],
 ) -> Outcome:
     """Start a run, kill it, resume it to its end."""
     began = time.monotonic()
@@ -199,29 +247,6 @@ def killed(
         identical=fingerprint(run) == fingerprint(undisturbed),
         seconds=round(time.monotonic() - began, 1),
     )
-
-
-def start(
-    folder: Path, kind: str, name: str, *, resume: Path | None = None, disk: tuple[str, ...] = ()
-) -> subprocess.Popen[bytes]:
-    """The command in a process of its own; what it says goes beside the run."""
-    flags = KINDS[kind].format(folder=folder).split()
-    flags += ["--output-dir", str(folder / "runs"), "--name", name]
-    flags += f"--run.steps {STEPS} --run.save-every {INTERVAL} --run.eval-every 6 --threads 1".split()
-    if resume is not None:
-        flags = ["--resume", str(resume)]
-    words = ["-m", "tests.endurance.disk", *disk, "--"] if disk else ["-m", "grpo_fast.train"]
-    (folder / "output").mkdir(exist_ok=True)
-    root = Path(__file__).parents[2]
-    environment = {"PYTHONPATH": f"{root}:{root / 'kernels'}:{folder}", "OMP_NUM_THREADS": "1"}
-    with (folder / "output" / f"{name}.txt").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, *words, *flags],
-            stdout=output,
-            stderr=output,
-            cwd=folder,
-            env=inherited() | environment,
-        )
 
 
 def said(folder: Path, run: Path) -> str:
