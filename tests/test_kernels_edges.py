@@ -102,3 +102,9 @@ def test_the_host_leaves_out_what_it_knows_to_count_for_nothing() -> None:
         (anchored, sequence, None, bounds, [True] * 4),
     ):
         assert known(config, 4, advantages, loss_mask, cu_seqlens).tolist() == expected
+
+
+def test_a_threshold_below_zero_is_refused() -> None:
+    assert LossConfig(off_policy_threshold=0.0).off_policy_threshold == 0.0
+    with pytest.raises(ValueError, match="off_policy_threshold must be not negative; got -0.5"):
+        LossConfig(off_policy_threshold=-0.5)

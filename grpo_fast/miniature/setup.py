@@ -177,7 +177,7 @@ def train_reward_model(config: TrainConfig, start: Path, run: Run) -> tuple[Rewa
         seed=config.seed,
         on_step=on_step,
     )
-    heldout = ratings("heldout", HELD_OUT_LABELS, config.seed)
+    heldout = ratings("heldout", min(HELD_OUT_LABELS, settings.labelled), config.seed)
     return model, measure(model, training.examples, heldout.examples, probes=PROBED, texts=PROBE_TEXTS)
 
 

@@ -56,7 +56,8 @@ def encode(
     """
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
-    rows = [_row(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
+    opened: dict[int, str] = {}
+    rows = [_row(tokenizer, p, c, opened) for p, c in zip(prompts, completions, strict=True)]
     index: dict[str, int] = {}
     prompt_of = [index.setdefault(prompt, len(index)) for prompt, _ in rows]
     start = _start_token(tokenizer)
@@ -109,13 +110,19 @@ def encode_examples(
     )
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, completion: str) -> tuple[str, str]:
+def _row(
+    tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, completion: str, opened: dict[int, str]
+) -> tuple[str, str]:
+    """The text up to the reply, and from it on; `opened` keeps what the template makes of each prompt (by its id)."""
     end = str(tokenizer.eos_token or "")
     if isinstance(prompt, str):
         return prompt, completion + end
     if tokenizer.chat_template is None:
         return "\n".join(str(turn["content"]) for turn in prompt) + "\n", completion + end
-    asked = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    asked = opened.get(id(prompt))
+    if asked is None:
+        asked = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        opened[id(prompt)] = asked
     turn = {"role": "assistant", "content": completion}
     whole = str(tokenizer.apply_chat_template([*prompt, turn], tokenize=False))
     # Where the template writes the past otherwise than the open turn, the reply starts at the difference.
