@@ -161,13 +161,13 @@ def devices() -> list[Finding]:
     says = f"{driver or 'unknown'}; this PyTorch is built for CUDA {built}"
     found = [Finding(part=part, what="driver", says=says)]
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+        major, minor = torch.cuda.get_device_capability(index)
         free, total = torch.cuda.mem_get_info(index)
         found.append(
             Finding(
                 part=part,
                 what=f"cuda:{index}",
-                says=f"{properties.name}, sm_{properties.major}{properties.minor}, {free / GIB:.1f} of "
+                says=f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {free / GIB:.1f} of "
                 f"{total / GIB:.1f} GiB free",
                 state="fine" if free > 0.9 * total else "note",
             )
@@ -179,10 +179,10 @@ def attention(device: torch.device) -> list[Finding]:
     """Which back end packed rows would use, and why the faster ones are not taken."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     unfit = [backend.name for backend in backends.TABLE if device.type not in backend.devices]
-    found = []
+    found: list[Finding] = []
     for name, (heads, key_heads, dim) in HEADS.items():
         case = Case(device, dtype, heads, key_heads, dim, dim, False, None, False)
-        why = []
+        why: list[str] = []
         for backend in backends.TABLE:
             fault = backend.lacks(case) or backends.fault(backend, case)
             if fault is None:
@@ -211,7 +211,7 @@ def loss_head(device: torch.device) -> list[Finding]:
     weight = torch.randn(1000, 64, generator=generator, device=device).to(dtype)
     targets = torch.randint(1000, (96,), generator=generator, device=device)
     true, _ = plain.linear_logprob(hidden.double(), weight.double(), targets)
-    found = []
+    found: list[Finding] = []
     for backend in ("triton", "fused", "torch") if device.type == "cuda" else ("torch",):
         try:
             logprobs, _ = linear_logprob(hidden, weight, targets, backend=backend)

@@ -26,6 +26,7 @@ from grpo_fast.models.sharded import full
 from grpo_fast.parallel.world import World
 from grpo_fast.rollout import Rollout
 from grpo_fast.run import checkpoint
+from grpo_fast.typed import integers
 
 KIND = "dumps"
 VERSION = 1
@@ -65,7 +66,7 @@ class Dumps:
         Nothing that goes wrong here ends the run.
         """
         policy, world = self._policy, self._policy.world
-        counts = world.gather_rows(torch.tensor([skipped.nonfinite])).sum(0).long().tolist()
+        counts = integers(world.gather_rows(torch.tensor([skipped.nonfinite])).sum(0).long())
         names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
         bad = {name: count for name, count in zip(names, counts, strict=True) if count}
         loss = torch.stack([loss.double().cpu() for loss in skipped.losses]).sum().item()

@@ -15,6 +15,7 @@ from grpo_fast.config.settings import TrainConfig
 from grpo_fast.engines.base import RolloutEngine
 from grpo_fast.run.shapes import is_finite
 from grpo_fast.task import Task
+from grpo_fast.typed import is_dict, is_list, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Evaluation:
     @classmethod
     def of(cls, saved: Any) -> "Evaluation":
         """From what `asdict` gave, read back from JSON; ValueError for anything else."""
-        if not isinstance(saved, dict) or saved.keys() != {field.name for field in fields(cls)}:
+        if not is_dict(saved) or saved.keys() != {field.name for field in fields(cls)}:
             raise ValueError("not the fields of an evaluation")
         names, size = saved["names"], len(_list_of(saved["completions"], str))
         _list_of(names, str)
@@ -38,7 +39,7 @@ class Evaluation:
         judged = saved["judged"]
         for row in [
             *saved["rewards"],
-            *([] if judged is None else (list(scores.values()) for scores in judged)),
+            *(list(scores.values()) for scores in judged or ()),
         ]:
             if not all(value is None or is_finite(value) for value in row):
                 raise ValueError("scores that are no numbers")
@@ -63,7 +64,7 @@ class Evaluation:
 
 
 def _list_of(value: Any, kind: type) -> list[Any]:
-    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+    if not is_list(value) or not all(type(item) is kind for item in value):
         raise ValueError(f"not a list of {kind.__name__}")
     return value
 
@@ -87,7 +88,7 @@ def evaluate(task: Task, engine: RolloutEngine, config: TrainConfig, *, seed: in
         return {
             "completions": texts,
             "finish_reasons": [completion.finish_reason for completion in completions],
-            "rewards": [[None if math.isnan(value) else value for value in row] for row in rewards.tolist()],
+            "rewards": [[None if math.isnan(value) else value for value in row] for row in rows(rewards)],
             "judged": [judge(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
             if judge
             else [],
@@ -108,7 +109,7 @@ def means(evaluation: Evaluation) -> dict[str, float]:
     return result
 
 
-def mean_with_interval(values: Tensor) -> dict:
+def mean_with_interval(values: Tensor) -> dict[str, Any]:
     """Mean of the finite values and its 95% interval, ±1.96 standard errors."""
     values = values[~values.isnan()]
     mean = values.mean().item()
@@ -116,10 +117,10 @@ def mean_with_interval(values: Tensor) -> dict:
     return {"mean": mean, "ci95": [mean - half, mean + half]}
 
 
-def compare(before: Evaluation, after: Evaluation, weights: Sequence[float]) -> dict:
+def compare(before: Evaluation, after: Evaluation, weights: Sequence[float]) -> dict[str, Any]:
     """The evaluation part of summary.json. Changes are paired: the same prompts before and after."""
 
-    def entry(old: Tensor | None, new: Tensor | None, name: str) -> dict:
+    def entry(old: Tensor | None, new: Tensor | None, name: str) -> dict[str, Any]:
         if old is None or new is None:
             return {f"{name}_before": None, f"{name}_after": None, f"{name}_change": None}
         return {
@@ -128,7 +129,8 @@ def compare(before: Evaluation, after: Evaluation, weights: Sequence[float]) -> 
             f"{name}_change": mean_with_interval(new - old),
         }
 
-    objectives, judge_changes = {}, []
+    objectives: dict[str, Any] = {}
+    judge_changes: list[Tensor] = []
     for name, weight in zip(before.names, weights, strict=True):
         old, new = before.judge(name), after.judge(name)
         objectives[name] = {

@@ -18,13 +18,15 @@ from grpo_fast.data.prompts import Row, tokenize
 from grpo_fast.engines.choose import builtin_engine
 from grpo_fast.errors import UserError
 from grpo_fast.models.policy import Policy
-from grpo_fast.models.pretrained import position_limit
+from grpo_fast.models.pretrained import decoded, position_limit
 from grpo_fast.models.reward_model import RewardModel
 from grpo_fast.models.reward_set import RewardSet, read_saved
 from grpo_fast.run.command import Parser, run_command
 from grpo_fast.run.metrics import read_summary
+from grpo_fast.run.terminal import replace_unprintable
 from grpo_fast.shown import plain_text
 from grpo_fast.task import sampling_of
+from grpo_fast.typed import rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class Speaker:
         self.rewards = RewardSet.of(models) if models else None
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return decoded(self.policy.tokenizer, token_ids)
 
     def answer(
         self,
@@ -109,7 +111,7 @@ class Speaker:
         scores: list[dict[str, float]] = [{} for _ in texts]
         if self.rewards:
             asked = [encoded.messages or encoded.text] * samples
-            table = self.rewards.predict(asked, texts, token_budget=8192).scores.tolist()
+            table = rows(self.rewards.predict(asked, texts, token_budget=8192).scores)
             scores = [dict(zip(self.rewards.names, row, strict=True)) for row in table]
         return [
             Answer(text=text, scores=score, tokens=len(c.token_ids), cut=c.finish_reason == "length")
@@ -143,8 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     speaker = Speaker(asked.run, chat=None if asked.format is None else asked.format == "chat")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    replace_unprintable(sys.stdout)
     answered = 0
     for prompt in asked.prompt or _lines(sys.stdin):
         answers = speaker.answer(

@@ -19,6 +19,7 @@ from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.packing import PackedBatch, pack_chosen
 from grpo_fast.parallel.world import World
 from grpo_fast.rollout import Rollout
+from grpo_fast.typed import floats, integers
 
 EVEN_ROOM = (1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 3.0)
 """Tried in turn: the size of evenly filled micro-batches, so that sequences of all lengths find a place."""
@@ -53,7 +54,7 @@ def update(
     retries = budget.retries
     several = config.optim.updates_per_rollout * config.optim.minibatches > 1
     known: dict[str, list[Tensor]] = {}
-    parts = []
+    parts: list[tuple[list[int], Callable[[int], list[PackedBatch]], float]] = []
     for sequences in split_by_prompt(rollout, config.optim.minibatches):
         kept = with_signal(rollout, sequences, loss, mask_truncated=config.loss.mask_truncated)
         batches_of = cache(partial(packed, rollout, kept, policy))  # every pass reads the same batches
@@ -134,7 +135,8 @@ def add_up_gradients(
     On several processes losses are `world.size` times as large, since gradients become the processes' mean.
     """
     advantages = advantages.to(policy.device)
-    losses, batch_metrics = [], []
+    losses: list[Tensor] = []
+    batch_metrics: list[dict[str, Tensor]] = []
     for place, batch in enumerate(batches, start=1):
         policy.sums_gradients(place == len(batches) or config.parallel.reduce == "micro_batch")
         step_loss, metrics = policy(
@@ -172,7 +174,7 @@ def with_signal(
     the length limit teaches nothing, but still counts in the normaliser.
     """
     always = loss.kl_coef != 0 or loss.entropy_coef != 0
-    advantages = rollout.advantages.tolist()
+    advantages = floats(rollout.advantages)
     return [
         i
         for i in sequences
@@ -274,10 +276,10 @@ def look_up_logprobs(
             found["ref_logprobs"] = scorer.logprobs(
                 batch, temperature=temperature, reference=reference is None
             )[0]
-        lengths = batch.cu_seqlens.diff().tolist()
+        indices, lengths = integers(batch.sequence_index), integers(batch.cu_seqlens.diff())
         for name, logprobs in found.items():
             rows = known.setdefault(name, [])
-            for index, values in zip(batch.sequence_index.tolist(), logprobs.split(lengths), strict=True):
+            for index, values in zip(indices, torch.split(logprobs, lengths), strict=True):
                 rows.extend([values[:0]] * (index + 1 - len(rows)))
                 rows[index] = values
 
@@ -296,7 +298,7 @@ def check_mismatch(batches: list[dict[str, Tensor]], limit: float, *, ahead: boo
             for batch in batches
         ]
     )
-    divergence, gap = ((table[:, 0] @ table[:, 1:]) / table[:, 0].sum().clamp(min=1)).tolist()
+    divergence, gap = floats((table[:, 0] @ table[:, 1:]) / table[:, 0].sum().clamp(min=1))
     if divergence > limit:
         older = (
             "With rollout.ahead one update lies between the two: a lower optim.lr brings them nearer. "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.attention.plan import PackedPlan
+from grpo_fast.typed import integers
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class PackedBatch:
 
         Raises `ValueError` when a tensor is not as long as its completion.
         """
-        chosen = [per_sequence[i] for i in self.sequence_index.tolist()]
-        lengths = self.cu_seqlens.diff().tolist()
-        for index, values, length in zip(self.sequence_index.tolist(), chosen, lengths, strict=True):
+        indices, lengths = integers(self.sequence_index), integers(self.cu_seqlens.diff())
+        chosen = [per_sequence[i] for i in indices]
+        for index, values, length in zip(indices, chosen, lengths, strict=True):
             if values.shape != (length,):
                 raise ValueError(
                     f"per_sequence[{index}] must have shape ({length},), got {tuple(values.shape)}"
@@ -169,7 +170,8 @@ def _units(
         for i, p in enumerate(owner):
             groups.setdefault(p, []).append(i)
         for p, members in groups.items():
-            cost, unit = len(prompts[p]), []
+            cost = len(prompts[p])
+            unit: list[int] = []
             if cost + sum(sizes[i] for i in members) > token_budget:
                 members.sort(key=lambda i: -sizes[i])
             for i in members:

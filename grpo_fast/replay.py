@@ -7,7 +7,7 @@ the same device and in the same dtype; 1: they did not; 2: the dump, or what it 
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from grpo_fast.engines.base import Completion
 from grpo_fast.errors import UserError
 from grpo_fast.grpo import add_up_gradients, packed
 from grpo_fast.models.policy import Policy
-from grpo_fast.models.pretrained import one_line
+from grpo_fast.models.pretrained import decoded, one_line
 from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.packing import PackedBatch
 from grpo_fast.parallel.world import World
@@ -36,6 +36,7 @@ from grpo_fast.run.command import Parser, prepare_libraries, run_command
 from grpo_fast.scoring import Scored
 from grpo_fast.shown import plain_text
 from grpo_fast.task import lora_settings
+from grpo_fast.typed import floats, integers, is_tuple, named_modules
 
 SHOWN = 10
 
@@ -69,7 +70,7 @@ def read_dump(path: Path) -> Dump:
             if not least <= facts[name] < 2**40:
                 raise ValueError(f"{name} = {facts[name]!r}")
         known = {
-            name: list(batch[name].split(batch["completion_lengths"].tolist()))
+            name: list(torch.split(batch[name], integers(batch["completion_lengths"])))
             for name in WANTED
             if name in batch
         }
@@ -98,8 +99,8 @@ def _config(text: str) -> TrainConfig:
 
 
 def _rollout(batch: dict[str, Tensor], sampled: list[Tensor]) -> Rollout:
-    prompts = batch["prompt_ids"].split(batch["prompt_lengths"].tolist())
-    said = batch["completion_ids"].split(batch["completion_lengths"].tolist())
+    prompts = torch.split(batch["prompt_ids"], integers(batch["prompt_lengths"]))
+    said = torch.split(batch["completion_ids"], integers(batch["completion_lengths"]))
     size = len(said)
     if not len(batch["prompt_of"]) == len(batch["advantages"]) == size:
         raise ValueError(f"{size} completions, {len(batch['advantages'])} advantages")
@@ -109,10 +110,11 @@ def _rollout(batch: dict[str, Tensor], sampled: list[Tensor]) -> Rollout:
         raise ValueError("a prompt or completion that is empty, or missing")
     nothing = torch.empty(size, 0)
     return Rollout(
-        prompts=[Prompt("", ids.tolist(), None, {}) for ids in prompts],
-        prompt_of=batch["prompt_of"].tolist(),
+        prompts=[Prompt("", integers(ids), None, {}) for ids in prompts],
+        prompt_of=integers(batch["prompt_of"]),
         completions=[
-            Completion(ids.tolist(), logprobs, "stop", 0) for ids, logprobs in zip(said, sampled, strict=True)
+            Completion(integers(ids), logprobs, "stop", 0)
+            for ids, logprobs in zip(said, sampled, strict=True)
         ],
         texts=[""] * size,
         scored=Scored(rewards=nothing, spread=nothing),
@@ -159,7 +161,7 @@ def policy_of(dump: Dump, *, model: str, dtype: str, device: torch.device) -> Po
 def micro_batches(dump: Dump, policy: Policy) -> list[PackedBatch]:
     """The micro-batches of all processes, in the order of `dump.losses`."""
     kept, size = list(range(len(dump.rollout.completions))), int(dump.facts["processes"])
-    found = []
+    found: list[PackedBatch] = []
     for rank in range(size):
         policy.world = World(rank, size)  # what this rank was dealt; nobody is there to talk to
         found += packed(dump.rollout, kept, policy, int(dump.facts["token_budget"]))
@@ -167,20 +169,20 @@ def micro_batches(dump: Dump, policy: Policy) -> list[PackedBatch]:
 
 
 @contextmanager
-def first_nonfinite(policy: Policy) -> Iterator[list[str]]:
+def first_nonfinite(policy: Policy) -> Generator[list[str], None, None]:
     """Fills a list with the names of modules whose output is not finite, in the order they run."""
     found: list[str] = []
 
     def look(name: str) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
+            tensors = output if is_tuple(output) else (output,)
             values = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
             if not all(bool(t.detach().isfinite().all()) for t in values):
                 found.append(name)
 
         return hook
 
-    handles = [module.register_forward_hook(look(name)) for name, module in policy.model.named_modules()]
+    handles = [module.register_forward_hook(look(name)) for name, module in named_modules(policy.model)]
     try:
         yield found
     finally:
@@ -212,15 +214,21 @@ def worst_tokens(dump: Dump, policy: Policy, batches: list[PackedBatch]) -> list
     for batch in batches:
         logprobs, _ = policy.logprobs(batch, temperature=dump.config.rollout.temperature)
         before = batch.gather(old).float()
-        lengths = batch.cu_seqlens.diff().tolist()
+        lengths = integers(batch.cu_seqlens.diff())
         sequences = batch.sequence_index.repeat_interleave(torch.tensor(lengths, device=policy.device))
         places = [place for length in lengths for place in range(length)]
-        columns = (batch.targets.tolist(), sequences.tolist(), places, logprobs.tolist(), before.tolist())
-        for token, sequence, place, now, then in zip(*columns, strict=True):
+        for token, sequence, place, now, then in zip(
+            integers(batch.targets),
+            integers(sequences),
+            places,
+            floats(logprobs),
+            floats(before),
+            strict=True,
+        ):
             advantage = dump.rollout.advantages[sequence].item()
             sound = math.isfinite(now) and math.isfinite(then) and math.isfinite(advantage)
             ratio = math.exp(min(now - then, 80.0)) if sound else math.nan
-            text = plain_text(repr(str(policy.tokenizer.decode([token]))), one_line=True)[:20]
+            text = plain_text(repr(decoded(policy.tokenizer, [token], special=True)), one_line=True)[:20]
             line = f"{sequence:>8} {place:>6}  {text:<20} {now:>10.4g} {then:>10.4g} {ratio:>10.4g} {advantage:>10.4g}"
             rows.append(((sound, -abs(now - then) if sound else 0.0), line))
     rows.sort(key=lambda row: row[0])
@@ -254,7 +262,7 @@ def replay(dump: Dump, asked: argparse.Namespace) -> int:
     with first_nonfinite(policy) as modules:
         losses, norm = computed(dump, policy, optimizer, batches)
     now = torch.stack(losses)
-    for place, a, b in zip(chosen, now.tolist(), then.tolist(), strict=True):
+    for place, a, b in zip(chosen, floats(now), floats(then), strict=True):
         print(f"micro-batch {place + 1}: loss {a:.6g} (then {b:.6g})")
     print(
         f"loss {now.sum().item():.6g} (then {then.sum().item():.6g}), gradient norm {norm:.6g} (then {dump.norm:.6g})"

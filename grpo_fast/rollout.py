@@ -21,6 +21,7 @@ from grpo_fast.rollout_codec import Answers
 from grpo_fast.scoring import Scored, Scorer, Scoring
 from grpo_fast.task import Task
 from grpo_fast.trust.repetition import repeated
+from grpo_fast.typed import booleans
 
 Timer = Callable[[str], AbstractContextManager[None]]
 
@@ -59,7 +60,7 @@ class Rollout:
     @property
     def flat(self) -> list[bool]:
         """(P,) groups whose completions all have the advantage 0: nothing can be learned from them."""
-        return (self.advantages.view(len(self.prompts), -1) == 0).all(1).tolist()
+        return booleans((self.advantages.view(len(self.prompts), -1) == 0).all(1))
 
 
 def collect(

@@ -25,7 +25,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.models.lora import LoraSettings
 from grpo_fast.models.policy import Policy
 from grpo_fast.models.policy_files import SavedPolicy
-from grpo_fast.models.pretrained import position_limit
+from grpo_fast.models.pretrained import decoded, position_limit
 from grpo_fast.models.reward_model import RewardModel, SavedRewardModel
 from grpo_fast.models.reward_set import RewardSet, names_with_spread, read_saved
 from grpo_fast.rewards.functions import RewardFunctions, combine_names, objective_weights
@@ -54,7 +54,7 @@ class Task:
 
     def decode(self, token_ids: list[int]) -> str:
         """A completion's text, special tokens left out."""
-        return str(self.policy.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return decoded(self.policy.tokenizer, token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)

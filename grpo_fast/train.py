@@ -46,6 +46,7 @@ from grpo_fast.summary import sample_rows, write_results
 from grpo_fast.task import Inputs, check_inputs, load
 from grpo_fast.trust.limits import Limits, limits_of
 from grpo_fast.trust.watch import Watch
+from grpo_fast.typed import floats
 from grpo_fast.watch import follow
 
 
@@ -98,7 +99,7 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     taken = run.world.first(
         lambda: [row for row in run.rows() if row["phase"] == "grpo" and row["step"] <= first]
     )
-    watch = Watch(taken, weights=dict(zip(task.scorer.names, task.scorer.weights.tolist(), strict=True)))
+    watch = Watch(taken, weights=dict(zip(task.scorer.names, floats(task.scorer.weights), strict=True)))
     limits = Limits(limits_of(config), taken)
     dumps = Dumps(run.path, config, policy, tell=run.progress.message)
     run.begin("grpo", config.run.steps, done=first, objectives=task.scorer.names)

@@ -31,8 +31,9 @@ from grpo_fast.run.progress import (
     sample_lines,
     si,
 )
-from grpo_fast.run.terminal import Terminal
+from grpo_fast.run.terminal import Terminal, replace_unprintable
 from grpo_fast.shown import plain_text
+from grpo_fast.typed import is_dict
 
 NUMBERS = (
     ("loss", "loss", "{:.4f}"),
@@ -90,7 +91,7 @@ class Watched:
     def look(self, each: Callable[[], None] = lambda: None) -> None:
         """Read on; `each` is called after every row. A resumed run's log begins anew, and all of it is read again."""
         run = settings_of(self.folder).get("run")
-        steps = run.get("steps") if isinstance(run, dict) else None
+        steps = run.get("steps") if is_dict(run) else None
         self._asked_steps = steps if type(steps) is int and steps > 0 else 0
         # How it stands is asked first: what a run that has ended then logged last is read in this same look.
         self.standing = standing(self.folder, patience_s=max(60.0, PATIENCE * self._usual_s()))
@@ -196,8 +197,7 @@ def follow(folder: Path, *, once: bool = False, every_s: float = 1.0, file: IO[s
     UserError where there is no run.
     """
     watched, console = Watched(folder), Terminal(file=file)
-    if hasattr(console.file, "reconfigure"):
-        console.file.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    replace_unprintable(console.file)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cursor comes back then, too
     try:
         if once:

@@ -185,6 +185,12 @@ def config_obstacle(model_class: type, config: PreTrainedConfig) -> str | None:
     return None if getattr(model_class, "_supports_attention_backend", False) else NO_INTERFACE
 
 
+def use_attention(model: PreTrainedModel) -> None:
+    """Give a model without `packing_obstacle` this attention, where it has not got it."""
+    if model.config._attn_implementation != ATTENTION_NAME:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
 def use_own_attention(model: PreTrainedModel) -> None:
     """Give a model that cannot be packed an attention of transformers': SDPA where it has it, else eager."""
     if getattr(model.config, "_attn_implementation", None) not in (ATTENTION_NAME, None):

@@ -89,7 +89,7 @@ def _bash(program: str, flags: list[_Flag]) -> str:
 
 def _zsh(program: str, flags: list[_Flag]) -> str:
     function = "_" + program.replace("-", "_")
-    lines = []
+    lines: list[str] = []
     for flag in flags:
         said = "".join(f"\\{c}" if c in "\\[]:" else c for c in flag.help).replace("'", "'\\''")
         value = f"({' '.join(flag.choices)})" if flag.choices else "_files"
@@ -109,7 +109,7 @@ def _zsh(program: str, flags: list[_Flag]) -> str:
 
 
 def _fish(program: str, flags: list[_Flag]) -> str:
-    lines = []
+    lines: list[str] = []
     for flag in flags:
         said = flag.help.replace("\\", "\\\\").replace("'", "\\'")
         value = f" -x -a '{' '.join(flag.choices)}'" if flag.choices else "" if flag.switch else " -r"

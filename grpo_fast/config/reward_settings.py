@@ -11,6 +11,8 @@ from typing import Literal
 from grpo_fast.config.check_reward import check_reward
 from grpo_fast.config.settings import AdapterSettings, CommonConfig, MiniatureWorld
 
+ColumnKind = Literal["regression", "binary", "ordinal"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSettings(AdapterSettings):
@@ -34,9 +36,9 @@ class RatingSettings:
         "auto", "columns", "helpsteer2", "ultrafeedback", "beavertails", "pku-saferlhf", "preference"
     ] = "auto"
     """Schema of every source; auto tells it by the columns."""
-    kinds: dict[str, Literal["regression", "binary", "ordinal"]] = field(default_factory=dict)
+    kinds: dict[str, ColumnKind] = field(default_factory=dict[str, ColumnKind])
     """Kind of a column's head, name=kind ...; unnamed ones: binary where only 0 and 1 occur, else regression."""
-    rename: dict[str, str] = field(default_factory=dict)
+    rename: dict[str, str] = field(default_factory=dict[str, str])
     """Heads under another name, old=new ...; file.jsonl:old=new for one source alone."""
     split: str = "train"
     """Hub data sets: the split the ratings come from."""
@@ -56,7 +58,7 @@ class RewardLossSettings:
     """Regression heads; gaussian: each reply's variance is predicted too (its negative log-likelihood)."""
     huber_delta: float = 1.0
     """huber: errors above this many standard deviations of the label count linearly."""
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict[str, float])
     """Weight of each head's loss, name=number ...; unnamed ones 1."""
     uncertainty_weighting: bool = False
     """Learn the weights: each head's loss over its learned noise (Kendall et al., arXiv 1705.07115)."""

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from grpo_fast.errors import UserError
+from grpo_fast.typed import is_dict, is_tuple
 
 
 class FieldError(UserError):
@@ -56,10 +57,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def check_ranges(config: Any, ranges: Mapping[str, Rule]) -> None:
     """Raises `FieldError` for the first number that is not finite or out of its range; None is not looked at."""
     for name, value in flatten(config).items():
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if is_tuple(value) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise FieldError(name, f"must be finite, got {number}")
-        for key, number in value.items() if isinstance(value, dict) else ():
+        for key, number in value.items() if is_dict(value) else ():
             if isinstance(number, float) and not math.isfinite(number):
                 raise FieldError(f"{name}.{key}", f"must be finite, got {number}")
         if value is not None and name in ranges:
@@ -69,7 +70,7 @@ def check_ranges(config: Any, ranges: Mapping[str, Rule]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if is_tuple(value) else str(value)
 
 
 def check_common(config: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from grpo_fast.config.rules import FieldError
 from grpo_fast.errors import did_you_mean
+from grpo_fast.typed import is_dict, is_list
 
 COMMAND_LINE = "command line"
 SPECIAL = ("config", "dry_run", "resume", "watch", "print_completion")
@@ -108,12 +109,12 @@ def _fit(value: Any, kind: Any) -> Any:
             value = [value] if value else []  # a list of one needs no brackets
         if value == [""] and not exact:
             value = []  # no text at all
-        if not isinstance(value, list) or (exact and len(value) != len(inner)):
+        if not is_list(value) or (exact and len(value) != len(inner)):
             return _MISFIT
         items = tuple(_fit(item, inner[0]) for item in value)
         return _MISFIT if _MISFIT in items else items
     if origin is dict:
-        if not isinstance(value, dict) or "" in value:
+        if not is_dict(value) or "" in value:
             return _MISFIT
         pairs = {key: _fit(item, inner[1]) for key, item in value.items()}
         return _MISFIT if _MISFIT in pairs.values() else pairs

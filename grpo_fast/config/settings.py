@@ -102,15 +102,15 @@ class RewardSettings:
     """Reward models, folders or hub ids ([name=]model); those with the same heads are an ensemble; empty: none."""
     functions: tuple[str, ...] = ()
     """Python reward functions, each module:function; the working directory is importable."""
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict[str, float])
     """Weight of each objective, name=number ...; empty: 1 for all; negative turns one around."""
-    directions: dict[str, Literal["max", "min"]] = field(default_factory=dict)
+    directions: dict[str, Literal["max", "min"]] = field(default_factory=dict[str, Literal["max", "min"]])
     """Objectives to be lowered, name=min ...; unnamed ones are raised (max)."""
-    lower_bounds: dict[str, float] = field(default_factory=dict)
+    lower_bounds: dict[str, float] = field(default_factory=dict[str, float])
     """Objectives rewarded by score - k * spread, name=k ...: what the reward model is unsure of is worth less."""
-    thresholds: dict[str, float] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict[str, float])
     """Objectives rewarded by 1 where the score is at least this and 0 below, name=number ..."""
-    floors: dict[str, float] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict[str, float])
     """Objectives held at this mean score while the others are maximised (Lagrange multipliers), name=number ..."""
     calibrated: bool = False
     """Put reward models' scores through the calibration that was fitted on held-out labels when they were trained."""
@@ -140,7 +140,7 @@ class JudgeSettings:
     """Base of its OpenAI-compatible interface, http://127.0.0.1:8000/v1; empty: no judge."""
     model: str = ""
     """Name of the model there."""
-    rubrics: dict[str, str] = field(default_factory=dict)
+    rubrics: dict[str, str] = field(default_factory=dict[str, str])
     """Objectives and what it means to be good at each, name=text ..."""
     scale: tuple[float, float] = (0.0, 10.0)
     """The judge answers with a number on this scale; rewards are mapped to [0, 1]."""

@@ -10,6 +10,7 @@ from typing import Any
 from grpo_fast.config.rules import flatten
 from grpo_fast.config.schema import Schema, convert
 from grpo_fast.errors import UserError, did_you_mean
+from grpo_fast.typed import is_dict, is_tuple
 
 
 def read_toml(path: Path, schema: Schema) -> dict[str, tuple[Any, str]]:
@@ -30,7 +31,7 @@ def read_toml(path: Path, schema: Schema) -> dict[str, tuple[Any, str]]:
         where = f"{path}:{lines[key]}" if key in lines else str(path)
         if key not in schema.sections:
             values |= _read_key(schema, key, value, where)
-        elif not isinstance(value, dict):
+        elif not is_dict(value):
             raise UserError(f"{key} must be a table ([{key}]), got {value!r} ({where})")
         else:
             for inner, item in value.items():
@@ -93,17 +94,16 @@ def to_toml(config: Any) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case str():
-            escaped = "".join(
-                f"\\u{ord(letter):04x}" if ord(letter) < 32 or ord(letter) == 127 else letter
-                for letter in value.replace("\\", "\\\\").replace('"', '\\"')
-            )
-            return f'"{escaped}"'
-        case tuple():
-            return f"[{', '.join(map(_toml_value, value))}]"
-        case dict():
-            return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = "".join(
+            f"\\u{ord(letter):04x}" if ord(letter) < 32 or ord(letter) == 127 else letter
+            for letter in value.replace("\\", "\\\\").replace('"', '\\"')
+        )
+        return f'"{escaped}"'
+    if is_tuple(value):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if is_dict(value):
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
     return repr(value)

@@ -62,6 +62,12 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, *, trained_whole: tuple
     return wrapped
 
 
+def read_lora(model: PreTrainedModel, folder: str) -> PeftModel:
+    """Put a saved adapter on `model`, to be trained further; raises several unrelated kinds for a broken one."""
+    with quiet_peft():
+        return PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+
+
 def refuse_lora_on_head(model: PreTrainedModel) -> None:
     """UserError for an adapter on the head or the embedding."""
     for role, module in (

@@ -8,7 +8,7 @@ completion token reach the head, and the N x V logits never exist (`grpo_kernels
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,14 +21,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_fast.attention.function import ATTENTION_NAME, packing_obstacle
+from grpo_fast.attention.function import packing_obstacle, use_attention
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.activations import activations_on_host
 from grpo_fast.models.compiled import CompiledLayers, check_compiled
 from grpo_fast.models.head import head_of
 from grpo_fast.models.liger import apply_liger
-from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, quiet_peft, refuse_lora_on_head
+from grpo_fast.models.lora import LoraSettings, add_lora, merged_parameters, read_lora, refuse_lora_on_head
 from grpo_fast.models.policy_files import SavedPolicy, write_policy
 from grpo_fast.models.quantized import is_quantised, keep_trainable, nf4
 from grpo_fast.models.self_check import (
@@ -41,6 +41,7 @@ from grpo_fast.models.self_check import (
 from grpo_fast.models.sharded import logprobs_by_vocabulary, mesh_of, refuse_together, shard
 from grpo_fast.packing import PackedBatch
 from grpo_fast.parallel.world import ALONE, World
+from grpo_fast.typed import is_list, is_tuple
 
 
 class Policy(nn.Module):
@@ -128,10 +129,7 @@ class Policy(nn.Module):
                 compiled=compiled,
             )
         try:
-            with quiet_peft():
-                wrapped = PeftModel.from_pretrained(
-                    model, saved.adapter, is_trainable=True, autocast_adapter_dtype=False
-                )
+            wrapped = read_lora(model, saved.adapter)
         except Exception as error:  # peft and safetensors raise several unrelated kinds for a broken adapter
             what = pretrained.one_line(error)
             raise UserError(f"model {saved.path}: cannot read the adapter: {what}") from error
@@ -173,8 +171,8 @@ class Policy(nn.Module):
         why = packing_obstacle(model)
         if why is not None:
             run_one_by_one(model, why)
-        elif model.config._attn_implementation != ATTENTION_NAME:
-            model.set_attn_implementation(ATTENTION_NAME)
+        else:
+            use_attention(model)
         head_of(model)  # refuses heads whose logits cannot be computed from hidden @ weight
         pretrained.switch_off_dropout(model)
         if liger:
@@ -215,7 +213,7 @@ class Policy(nn.Module):
         """Tokens that end a completion: the generation config's and the tokenizer's end tokens, sorted."""
         generation = getattr(self.model, "generation_config", None)
         ids = getattr(generation, "eos_token_id", None)
-        found = [*(ids if isinstance(ids, list | tuple) else [ids]), self.tokenizer.eos_token_id]
+        found = [*(ids if is_list(ids) or is_tuple(ids) else [ids]), self.tokenizer.eos_token_id]
         return tuple(sorted({i for i in found if isinstance(i, int)}))
 
     def news(self) -> list[str]:
@@ -325,7 +323,7 @@ class Policy(nn.Module):
         }
 
     @contextmanager
-    def adapter_off(self) -> Iterator[None]:
+    def adapter_off(self) -> Generator[None, None, None]:
         """The base model, for as long as the context lasts. Needs LoRA."""
         assert self.peft_model is not None
         with self.peft_model.disable_adapter():

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -96,6 +96,26 @@ def written_folder(path: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write the model to {target}: {reason}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    state: dict[str, Tensor] | None,
+) -> None:
+    """A model and its tokenizer in the form `transformers` reads; `state` in place of the model's own weights."""
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Random numbers on the CPU come from `seed` inside; afterwards they go on as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def load_config(path: str | Path, what: str, **overrides: Any) -> PreTrainedConfig:
@@ -210,6 +230,16 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
         f"{what}: the tokenizer ({type(tokenizer).__name__}) does not bring text back: {ROUND_TRIP_TEXT!r} "
         f"became {len(ids)} tokens and then {back!r}; save it in the form the model type expects"
     )
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, special: bool = False) -> str:
+    """The text of tokens, with or without special ones."""
+    return str(tokenizer.decode(token_ids, skip_special_tokens=not special))
+
+
+def text_config(config: PreTrainedConfig) -> Any:
+    """The part of a configuration that is about text; which fields it has depends on the model."""
+    return config.get_text_config()
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, what: str) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from grpo_fast.attention.function import ATTENTION_NAME, config_obstacle
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.reward_data import Layout
@@ -36,6 +37,16 @@ def empty_classifier(config: PreTrainedConfig, outputs: int) -> PreTrainedModel:
     config.num_labels = outputs
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config)
+
+
+def fresh_classifier(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture with weights drawn in float32, for packed rows where it can have them."""
+    model_class = cast(type, AutoModelForSequenceClassification._model_mapping[type(config)])
+    attention = None if config_obstacle(model_class, config) else ATTENTION_NAME
+    model = AutoModelForSequenceClassification.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    )
+    return model.to(device, dtype)
 
 
 def linear_score(model: PreTrainedModel) -> nn.Linear:

@@ -24,13 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from grpo_fast.attention.function import ATTENTION_NAME, config_obstacle, packing_obstacle
+from grpo_fast.attention.function import packing_obstacle, use_attention
 from grpo_fast.errors import UserError
 from grpo_fast.models import pretrained
 from grpo_fast.models.lora import LoraSettings, add_lora, merged_state
 from grpo_fast.models.reward_backbone import (
     check_fits,
     describe,
+    fresh_classifier,
     length_limit,
     linear_score,
     name_outputs,
@@ -129,13 +130,14 @@ class SavedRewardModel:
                 )
             layout = Layout(heads=tuple(Head(name=label) for label in labels))
         tokenizer = pretrained.load_tokenizer(source, "reward model")
-        pretrained.check_vocabulary(tokenizer, config.get_text_config().vocab_size, f"reward model {source}")
+        text = pretrained.text_config(config)
+        pretrained.check_vocabulary(tokenizer, text.vocab_size, f"reward model {source}")
         statistics_file = pretrained.side_file(source, FEATURES_FILE)
         statistics = FeatureStatistics.load(statistics_file) if statistics_file else None
-        if statistics is not None and statistics.width != 2 * config.get_text_config().hidden_size:
+        if statistics is not None and statistics.width != 2 * text.hidden_size:
             raise UserError(
                 f"reward model {path}: its feature statistics are of {statistics.width} features, the model has "
-                f"{2 * config.get_text_config().hidden_size}: delete {FEATURES_FILE}, or take the whole folder again"
+                f"{2 * text.hidden_size}: delete {FEATURES_FILE}, or take the whole folder again"
             )
         return cls(
             path=str(path),
@@ -172,8 +174,8 @@ class RewardModel(nn.Module):
                 f"{', '.join(layout.names)}"
             )
         why = packing_obstacle(model)
-        if why is None and model.config._attn_implementation != ATTENTION_NAME:
-            model.set_attn_implementation(ATTENTION_NAME)
+        if why is None:
+            use_attention(model)
         pretrained.switch_off_dropout(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -208,14 +210,9 @@ class RewardModel(nn.Module):
         """A new model with random weights drawn from `seed`."""
         check_fits(config, tokenizer, "reward model")
         describe(config, tokenizer, layout)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model_class = cast(type, AutoModelForSequenceClassification._model_mapping[type(config)])
-            attention = None if config_obstacle(model_class, config) else ATTENTION_NAME
-            model = AutoModelForSequenceClassification.from_config(
-                config, dtype=torch.float32, attn_implementation=attention
-            )
-        return cls(model.to(pretrained.as_device(device), pretrained.as_dtype(dtype)), tokenizer, layout)
+        with pretrained.drawn_from(seed):
+            model = fresh_classifier(config, pretrained.as_device(device), pretrained.as_dtype(dtype))
+        return cls(model, tokenizer, layout)
 
     @classmethod
     def from_backbone(
@@ -238,8 +235,7 @@ class RewardModel(nn.Module):
         if going_on and (file := pretrained.side_file(source, HEADS_FILE)):
             layout = read_layout(file, str(path))
         describe(config, tokenizer, layout)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with pretrained.drawn_from(seed):
             model = pretrained.load_model(
                 AutoModelForSequenceClassification,
                 source,
@@ -253,7 +249,7 @@ class RewardModel(nn.Module):
             if not going_on and isinstance(score, nn.Linear):
                 # A classifier of as many outputs has kept those of its own heads.
                 nn.init.normal_(
-                    score.weight, std=getattr(config.get_text_config(), "initializer_range", 0.02)
+                    score.weight, std=getattr(pretrained.text_config(config), "initializer_range", 0.02)
                 )
         made = cls(model, tokenizer, layout, lora=lora)
         if gradient_checkpointing:
@@ -295,10 +291,8 @@ class RewardModel(nn.Module):
         """
         with pretrained.written_folder(path) as folder:
             adapted: PeftModel | None = self.__dict__["peft_model"]
-            self.model.save_pretrained(
-                folder, state_dict=merged_state(self.model, self.model.dtype) if adapted else None
-            )
-            self.tokenizer.save_pretrained(folder)
+            state = merged_state(self.model, self.model.dtype) if adapted else None
+            pretrained.write_model(self.model, self.tokenizer, folder, state=state)
             self.save_measured(folder)
 
     @property
@@ -366,9 +360,9 @@ class RewardModel(nn.Module):
     def outputs(self, read: Tensor) -> Tensor:
         """Raw outputs (S, O) float32 of the hidden states `read` (S, H)."""
         score = cast(nn.Linear, self.model.score)
-        bias = None if score.bias is None else score.bias.float()
+        bias = cast(Tensor | None, score.bias)
         with torch.autocast(read.device.type, enabled=False):
-            return F.linear(read.float(), score.weight.float(), bias)
+            return F.linear(read.float(), score.weight.float(), None if bias is None else bias.float())
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Raw outputs of a batch packed with `keep_last=True`, in its order: (S, O) float32."""
@@ -402,7 +396,7 @@ class RewardModel(nn.Module):
         mean, spread = scores.mean(dim=1), _spread(scores, log_variance, layout)
         for k, head in enumerate(layout.heads if calibrated else ()):
             if head.calibration is not None:
-                mean[:, k] = torch.from_numpy(calibration_of(head).apply(mean[:, k].numpy()))
+                mean[:, k] = torch.as_tensor(calibration_of(head).apply(mean[:, k].numpy()))
         unread = list(encoded.too_long)
         mean[unread] = torch.nan
         if spread is not None:
@@ -437,7 +431,7 @@ class RewardModel(nn.Module):
             encoded.prompt_ids,
             encoded.completion_ids,
             encoded.prompt_of,
-            padding=self.model.config.get_text_config().pad_token_id,
+            padding=pretrained.text_config(self.model.config).pad_token_id,
             token_budget=token_budget,
             together=together,
             share_prefix=self.packed,
@@ -446,7 +440,7 @@ class RewardModel(nn.Module):
 
 def _middle_layer(model: PreTrainedModel) -> nn.Module:
     """The layer after which half of a decoder is done."""
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = pretrained.text_config(model.config).num_hidden_layers
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
     return layers[(depth - 1) // 2]
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Ending:
 
 
 @contextmanager
-def job(device: torch.device) -> Iterator[tuple[World, Ending]]:
+def job(device: torch.device) -> Generator[tuple[World, Ending], None, None]:
     """Around the whole work of one process; gives its place among the others, and the last words to be kept up to date.
 
     Alone nothing happens. On several processes a UserError is printed by the first that meets it and by no other, and a

@@ -20,11 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast.errors import Stopped, UserError
+from grpo_fast.typed import integers
 
 T = TypeVar("T")
 _DONE, _PROBLEM, _STOPPED = b"d", b"p", b"s"
 
-gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+gather_into: Callable[..., Any] = next(
+    getattr(dist, name) for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)
+)
 """(gathered, own, group=): the name that this PyTorch has for it."""
 COLLECTIVE_LIMIT = timedelta(hours=6)
 """For one collective. A dead rank is noticed by its missing heartbeat, long before; a slow one may take its time."""
@@ -66,7 +69,7 @@ class World:
         everyone = torch.empty(self.size * longest, dtype=torch.uint8)
         gather_into(everyone, own, group=group)
         rows = everyone.view(self.size, longest)
-        return [rows[rank, :length].numpy().tobytes() for rank, length in enumerate(lengths.tolist())]
+        return [rows[rank, :length].numpy().tobytes() for rank, length in enumerate(integers(lengths))]
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """(n_0 + n_1 + …, C) float64 on the CPU: every rank's rows (n_r, C), n_r whatever it is."""
@@ -160,7 +163,10 @@ def join(device: torch.device) -> World:
         raise UserError(
             f"the {size} processes of the job did not meet: {what[:300]}; start them with torchrun"
         ) from None
-    groups: list[Any] = [dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT) for _ in range(3)]
+    groups: list[Any] = [
+        dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT)  # pyright: ignore[reportUnknownMemberType]
+        for _ in range(3)
+    ]
     return World(dist.get_rank(), size, size, *groups)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class RewardFunctions:
         ]
         places = range(len(self._runners))
         with ThreadPoolExecutor(max_workers=min(self._workers, len(places))) as pool:
-            parts = list(pool.map(lambda place: self._scores(place, given[place], prompts), places))
+            parts = list(pool.map(self._scores, places, given, repeat(prompts)))
         scores: dict[str, list[float]] = {}
         for runner, part in zip(self._runners, parts, strict=True):
             for name, numbers in part.items():

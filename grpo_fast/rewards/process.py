@@ -33,6 +33,7 @@ from grpo_fast.data.records import one_line
 from grpo_fast.errors import UserError
 from grpo_fast.rewards.user_function import FLOAT32_MAX, FunctionError, Keywords
 from grpo_fast.rewards.worker import HEADER
+from grpo_fast.typed import is_dict, is_list
 
 GRACE_S = 0.5
 """From SIGTERM to SIGKILL."""
@@ -60,7 +61,7 @@ class Worker:
         self._closed = False
         self._busy = threading.Lock()
         self._folder = os.getcwd()
-        self._end: weakref.finalize | None = None
+        self._end: weakref.finalize[..., Any] | None = None
         self._start()
 
     def ready(self) -> Keywords:
@@ -130,7 +131,7 @@ class Worker:
             self._process.end()
             raise UserError(_readable(str(hello["refused"]).encode(errors="backslashreplace")))
         taken, needed = hello.get("taken"), hello.get("needed")
-        if not isinstance(taken, list) or not isinstance(needed, list):
+        if not is_list(taken) or not is_list(needed):
             self._process.end()
             raise FunctionError(_NO_ANSWER)
         return Keywords(hello.get("every") is True, taken, needed)
@@ -144,7 +145,7 @@ class Worker:
             found = _converse(process, unsent, time.monotonic() + limit_s, self.output)
             if found is not None:
                 answer = json.loads(found)
-                if not isinstance(answer, dict):
+                if not is_dict(answer):
                     raise ValueError("no object")
                 return answer
         except TimeoutError:
@@ -361,7 +362,7 @@ def _request(spec: str, given: dict[str, list[Any]]) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     """Whether JSON gives the value back as it is."""
-    kind = type(value)
+    kind = type(value)  # pyright: ignore[reportUnknownVariableType]
     if kind in (str, float, bool, type(None)):
         return True
     if kind is int:
@@ -373,7 +374,7 @@ def _is_plain(value: Any) -> bool:
 
 def _checked(scores: Any, count: int, known: Sequence[str] | None) -> dict[str, list[float]]:
     """The scores of an answer, which is not believed: the function could have written it itself."""
-    if isinstance(scores, dict) and scores and (known is None or scores.keys() == set(known)):
+    if is_dict(scores) and scores and (known is None or scores.keys() == set(known)):
         columns = {name: _numbers(column, count) for name, column in scores.items() if name}
         found = {name: column for name, column in columns.items() if column is not None}
         if len(found) == len(scores):
@@ -382,7 +383,7 @@ def _checked(scores: Any, count: int, known: Sequence[str] | None) -> dict[str, 
 
 
 def _numbers(column: Any, count: int) -> list[float] | None:
-    if not isinstance(column, list) or len(column) != count:
+    if not is_list(column) or len(column) != count:
         return None
     numbers = [math.nan if item is None else item for item in column]
     good = all(type(x) is float and (x != x or abs(x) <= FLOAT32_MAX) for x in numbers)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from grpo_fast.data.records import one_line
 from grpo_fast.errors import UserError, did_you_mean
+from grpo_fast.typed import is_dict, is_list, is_tuple
 
 FLOAT32_MAX = 3.4e38
 
@@ -144,7 +145,7 @@ class RewardFunction:
         return asyncio.run(_finish(value))
 
     def _scores(self, value: Any, count: int) -> dict[str, list[float]]:
-        if isinstance(value, dict):
+        if is_dict(value):
             if not value:
                 self._refuse("returned a dict without names")
             scores = {
@@ -176,7 +177,7 @@ class RewardFunction:
     def _list(self, value: Any, count: int, of: str) -> list[Any]:
         if hasattr(value, "tolist"):  # tensors, arrays, series
             value = value.tolist()
-        if not isinstance(value, list | tuple):
+        if not (is_list(value) or is_tuple(value)):
             self._refuse(f"returned {_shown(value)}{of}, must be {count} numbers, one a completion")
         if len(value) != count:
             self._refuse(f"returned {len(value)} values{of} for {count} completions")
@@ -184,7 +185,7 @@ class RewardFunction:
 
     def _numbers(self, value: Any, count: int, name: str) -> list[float]:
         of = f" of {name!r}" if name else ""
-        numbers = []
+        numbers: list[float] = []
         for index, item in enumerate(self._list(value, count, of)):
             number = _number(item)
             if number is None:

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from torch import Tensor
 from grpo_fast import __version__
 from grpo_fast.errors import UserError
 from grpo_fast.run.inside import refuse_links
+from grpo_fast.typed import is_dict
 
 FORMAT = "grpo_fast checkpoint"
 FORMAT_VERSION = 1
@@ -165,8 +166,10 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Groups, 
     for group, aliases in manifest["aliases"].items():
         file = path / f"{group}.safetensors"
         try:
-            with safe_open(file, framework="pt", device=str(device)) as opened:
-                named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            # safe_open has no types
+            with cast(Any, safe_open(file, framework="pt", device=str(device))) as opened:
+                names: list[str] = opened.keys()
+                named: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise UserError(f"{file}: not a readable safetensors file ({error})" + _way_out(path)) from error
         try:
@@ -183,7 +186,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint that is whole; UserError where it is not what `save` writes."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if not isinstance(state, dict):
+        if not is_dict(state):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
         raise UserError(
@@ -210,7 +213,7 @@ def verify(path: Path | str) -> str | None:
         return f"{file}: missing, so this folder is not a checkpoint"
     except (OSError, ValueError, RecursionError) as error:
         return f"{file}: expected the checkpoint's JSON manifest, cannot read it ({_one_line(error)})"
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not is_dict(manifest) or manifest.get("format") != FORMAT:
         return f"{file}: expected format {FORMAT!r}, found another program's file"
     if manifest.get("format_version") not in (FORMAT_VERSION, SHARDS_VERSION):
         return (
@@ -218,7 +221,7 @@ def verify(path: Path | str) -> str | None:
             f"found {manifest.get('format_version')!r} (written by grpo_fast {manifest.get('project_version')!r})"
         )
     try:
-        expected = {
+        expected: dict[str, tuple[int, str]] = {
             name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
         }
         listed = {f"{group}.safetensors" for group in manifest["aliases"]} | {"state.json"}

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from io import StringIO
 from pathlib import Path
@@ -134,7 +134,7 @@ class Run:
             raise Stopped
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _signals(self) -> Generator[None, None, None]:
         def request(number: int, _: FrameType | None) -> None:
             now = time.monotonic()
             if self._signalled:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from grpo_fast.run.inside import refuse_links
 from grpo_fast.run.lock import hold
 from grpo_fast.run.progress import PHASES
 from grpo_fast.run.shapes import METRICS, SAMPLES, SUMMARY, Shape, is_finite, parsed
+from grpo_fast.typed import is_list, is_mapping, is_tuple
 
 _CLOCK_KEYS = ("time_s", "tokens_per_s", "memory_gib")
 
@@ -225,7 +226,7 @@ class RunLogger:
         return {name: round(value, 3) for name, value in self.phase_s.items()}
 
     @contextmanager
-    def phase_timer(self, name: str) -> Iterator[None]:
+    def phase_timer(self, name: str) -> Generator[None, None, None]:
         """Count the seconds of the block towards phase `name`.
 
         Blocks may nest: each second counts once, for the innermost. A CUDA device in use is synchronised at
@@ -368,9 +369,9 @@ def _plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if is_list(value) or is_tuple(value):
         return [finite(item) for item in value]
     return _plain(value)
 

@@ -1,11 +1,17 @@
 """The console of every command, to which what it prints is text and nothing else."""
 
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from grpo_fast.shown import plain_text
+
+
+def replace_unprintable(file: IO[str]) -> None:
+    """Characters that the encoding of `file` lacks are written as question marks from now on."""
+    if hasattr(file, "reconfigure"):
+        file.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Terminal(Console):

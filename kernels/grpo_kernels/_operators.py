@@ -1,10 +1,27 @@
 """What the operators share on their way into PyTorch's dispatcher."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._arguments import check_number
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def shapes_of(operator: Any) -> Callable[[Function], Function]:
+    """Decorator: the function gives the operator's outputs without their values, as tracing needs them.
+
+    ``operator`` is what ``torch.library.custom_op`` made; it leaves the types of its methods open.
+    """
+    return operator.register_fake
+
+
+def set_gradient(operator: Any, backward: Callable[..., Any], *, save: Callable[..., None]) -> None:
+    """Register the operator's gradient, which has none of its own; ``save`` keeps what it needs of the forward."""
+    operator.register_autograd(once_differentiable(backward), setup_context=save)
 
 
 def empty_gradients(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ._arguments import check_name, check_real
 from ._head import ELEMENTWISE_BACKENDS, check_backend, choose_backend, on_device
+from ._listed import floats, integers
+from ._operators import shapes_of
 
 Mode = Literal["scalarized", "per_head", "gdpo", "dvao", "leave_one_out"]
 Scale = Literal["group", "batch", "none"]
@@ -112,11 +114,11 @@ def _advantages(
 ) -> Tensor:
     count, heads = values.shape
     if weights is not None and weights.device.type == "cpu" and not bool(weights.isfinite().all()):
-        raise ValueError(f"weights must be finite, got {weights.tolist()}")
+        raise ValueError(f"weights must be finite, got {floats(weights)}")
     w = None if weights is None else weights.to(values.device, torch.float64, non_blocking=True)
     if values.device.type == "cpu" and bool(values.isinf().any()):
         row = int(values.isinf().any(1).nonzero()[0])
-        raise ValueError(f"rewards must be finite or NaN, got {values[row].tolist()} in row {row}")
+        raise ValueError(f"rewards must be finite or NaN, got {floats(values[row])} in row {row}")
     sizes = _sizes(count, group_size, group_sizes)
     if count == 0:
         return torch.empty(0, device=values.device)  # float32, as below
@@ -160,7 +162,7 @@ def _advantages(
     return result.flatten()[place].float()
 
 
-@_advantages.register_fake
+@shapes_of(_advantages)
 def _(
     values: Tensor,
     group_size: int,
@@ -181,7 +183,7 @@ def _sizes(count: int, group_size: int, group_sizes: Tensor | None) -> list[int]
         if group_size < 1 or count % group_size:
             raise ValueError(f"group_size must divide S = {count}, got {group_size}")
         return [group_size] * (count // group_size)
-    sizes = group_sizes.tolist()
+    sizes = integers(group_sizes)
     if sum(sizes) != count or any(size < 1 for size in sizes):
         raise ValueError(f"group_sizes must be positive and sum to S = {count}, got a sum of {sum(sizes)}")
     return sizes

@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import check_real, check_tensors
 from ._head import ELEMENTWISE_BACKENDS, check_backend, choose_backend, on_device
 from ._loss_arguments import check, check_config
-from ._operators import by_name, split_normalizer
+from ._operators import by_name, set_gradient, shapes_of, split_normalizer
 from ._token_loss import evaluate, metric_names, per_token_form
 from .loss_config import LossConfig
 
@@ -158,7 +157,7 @@ def _forward(
     return loss, measured, result.by_logprob, by_entropy
 
 
-@_forward.register_fake
+@shapes_of(_forward)
 def _(
     logprobs: Tensor,
     entropy: Tensor | None,
@@ -190,4 +189,4 @@ def _differentiate(ctx: Any, by_loss: Tensor, *_: Tensor | None) -> tuple[Tensor
     return (by_logprob * by_loss, by_entropy * by_loss if carried else None, *(None,) * 10)
 
 
-_forward.register_autograd(once_differentiable(_differentiate), setup_context=_save)
+set_gradient(_forward, _differentiate, save=_save)

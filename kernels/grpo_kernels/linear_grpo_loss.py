@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._arguments import check_tensors
 from ._backends import run_head
@@ -20,7 +19,7 @@ from ._head import (
     on_device,
 )
 from ._loss_arguments import check_config
-from ._operators import by_name, empty_gradients, scaled, split_normalizer
+from ._operators import by_name, empty_gradients, scaled, set_gradient, shapes_of, split_normalizer
 from ._token_loss import Tokens, evaluate, metric_names, prepare
 from .loss_config import LossConfig
 
@@ -210,7 +209,7 @@ def _forward(
     return (loss, measured, *gradients)  # type: ignore[return-value]
 
 
-@_forward.register_fake
+@shapes_of(_forward)
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -253,7 +252,7 @@ def _differentiate(ctx: Any, by_loss: Tensor, *_: Tensor | None) -> tuple[Tensor
     return (d_hidden, d_weight, None, d_bias, *(None,) * 14)
 
 
-_forward.register_autograd(once_differentiable(_differentiate), setup_context=_save)
+set_gradient(_forward, _differentiate, save=_save)
 
 
 def _one_pass(

@@ -4,11 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._backends import run_head
 from ._head import Needs, accumulation_dtype, head_arguments, make_head
-from ._operators import empty_gradients
+from ._operators import empty_gradients, set_gradient, shapes_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -101,7 +100,7 @@ def _forward(
     return output.logprobs, output.entropy, output.hidden
 
 
-@_forward.register_fake
+@shapes_of(_forward)
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -149,7 +148,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
+@shapes_of(_backward)
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -189,4 +188,4 @@ def _differentiate(
     return (d_hidden, d_weight, None, d_bias, *none)
 
 
-_forward.register_autograd(once_differentiable(_differentiate), setup_context=_save)
+set_gradient(_forward, _differentiate, save=_save)

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from ._arguments import check_name, did_you_mean
 
@@ -14,6 +14,7 @@ KlEstimator = Literal["k1", "k2", "k3", "k3_corrected"]
 Mismatch = Literal["none", "truncate", "mask", "sequence_mask"]
 Aggregation = Literal["sequence_mean", "token_mean", "constant"]
 
+_PAIRS = ("gamma_pos", "gamma_neg")
 _CHOICES = {
     "ratio_level": RatioLevel,
     "surrogate": Surrogate,
@@ -89,10 +90,8 @@ class LossConfig:
         for field, literal in _CHOICES.items():
             check_name(field, getattr(self, field), get_args(literal))
         for field, value in vars(self).items():
-            if field in ("gamma_pos", "gamma_neg"):
-                pair = isinstance(value, tuple) and len(value) == 2
-                fine = pair and all(_finite(number) and number > 0 for number in value)
-                _require(fine, field, "a tuple of two positive numbers", value)
+            if field in _PAIRS:
+                _require(_is_positive_pair(value), field, "a tuple of two positive numbers", value)
             elif field not in _CHOICES and not (value is None and _default(field) is None):
                 _require(_finite(value), field, "a finite number", value)
         if self.off_policy_threshold is not None:
@@ -140,10 +139,8 @@ class LossConfig:
     @functools.lru_cache(maxsize=256)
     def from_key(key: str) -> "LossConfig":
         """The configuration whose ``key`` this is."""
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in json.loads(key).items()
-        }
+        fields: dict[str, Any] = json.loads(key)
+        fields |= {name: tuple(fields[name]) for name in _PAIRS}
         return LossConfig(**fields)
 
     @property
@@ -207,6 +204,11 @@ def _default(field: str) -> Any:
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive_pair(value: object) -> bool:
+    numbers = cast(tuple[Any, ...], value) if isinstance(value, tuple) else ()
+    return len(numbers) == 2 and all(_finite(number) and number > 0 for number in numbers)
 
 
 def _require(fine: bool, field: str, expectation: str, value: object) -> None:

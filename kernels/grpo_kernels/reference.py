@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._listed import floats, integers
 from .loss_config import LossConfig
 
 
@@ -54,7 +55,7 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, sequence by sequence. Metrics: tokens, and the means kl and ratio_mean over them."""
     count = logprobs.shape[0]
-    bounds = [0, count] if cu_seqlens is None else cu_seqlens.tolist()
+    bounds = [0, count] if cu_seqlens is None else integers(cu_seqlens)
     mask = torch.ones(count, dtype=torch.bool) if loss_mask is None else loss_mask.cpu().bool()
     if advantages.shape != (count,):
         advantages = torch.cat(
@@ -68,7 +69,8 @@ def grpo_loss(
         share = entropy.detach().cpu() >= ranked[math.ceil(config.entropy_quantile * len(ranked)) - 1].cpu()
 
     total = logprobs.new_zeros(())
-    kls, ratios = [], []
+    kls: list[Tensor] = []
+    ratios: list[Tensor] = []
     for first, last in itertools.pairwise(bounds):
         here = torch.arange(first, last)[mask[first:last]].to(logprobs.device)
         if len(here) == 0:
@@ -120,8 +122,8 @@ def _surrogate(config: LossConfig, lp: Tensor, advantage: Tensor, level: Tensor,
         return -advantage * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     if config.surrogate == "gamma":
         w = log_ratio.detach().sum().clamp(math.log(1e-8), 20).exp()
-        weight = []
-        for a in advantage.tolist():
+        weight: list[Tensor] = []
+        for a in floats(advantage):
             k, lam = config.gamma_pos if a >= 0 else config.gamma_neg
             weight.append(torch.exp(lam - lam * w) * w**k)
         return -torch.stack(weight) * advantage * lp
@@ -201,15 +203,15 @@ def group_advantages(
     """Group by group, head by head."""
     rows = rewards.double().unsqueeze(1) if rewards.ndim == 1 else rewards.double()
     count, heads = rows.shape
-    w = [1.0] * heads if weights is None else torch.as_tensor(weights).double().tolist()
+    w = [1.0] * heads if weights is None else floats(torch.as_tensor(weights).double())
     sizes = [group_size] * (count // group_size) if group_sizes is None else list(map(int, group_sizes))
     scale = scale or ("none" if mode == "leave_one_out" else "group")
-    groups = list(rows.split(sizes))
+    groups = list(torch.split(rows, sizes))
     if mode in ("scalarized", "leave_one_out"):
         groups = [_weighted_sum(group, w).unsqueeze(1) for group in groups]
         w = [1.0]
     batch = [_deviation(torch.cat([group[:, k] for group in groups])) for k in range(len(w))]
-    pieces = []
+    pieces: list[Tensor] = []
     for group in groups:
         piece = torch.zeros(len(group), dtype=torch.float64)
         deviation = [_deviation(group[:, k]) for k in range(len(w))]
