@@ -1,5 +1,6 @@
 """Set-up of every test: Triton's interpreter where there is no GPU, and poisoned memory for the kernels."""
 
+import inspect
 import os
 from typing import Any
 
@@ -17,6 +18,30 @@ keep_freed_memory()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 fill: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+
+
+def quicken_interpreter() -> None:
+    """Triton's interpreter looks through its language modules at every call; what it finds there is remembered."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    library: Any = interpreter
+    names: dict[Any, list[str]] = {}
+
+    def patch_builtin(place: Any, builder: Any, scope: Any) -> None:
+        is_builtin = library.tl.core.is_builtin
+        if place not in names:
+            names[place] = [name for name, member in inspect.getmembers(place) if is_builtin(member)]
+        for name in names[place]:
+            if is_builtin(member := getattr(place, name)):
+                library._patch_attr(place, name, member, builder, scope)
+
+    if all(hasattr(library, name) for name in ("_patch_builtin", "_patch_attr")):
+        library._patch_builtin = patch_builtin
+
+
+quicken_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
