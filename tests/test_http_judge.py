@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from grpo_fast.config.settings import JudgeSettings
+from grpo_fast.engines.vllm_client import VllmClient
 from grpo_fast.errors import UserError
 from grpo_fast.rewards import http_judge, judge_client
 from grpo_fast.rewards.http_judge import HttpJudge
@@ -90,6 +92,19 @@ def test_scores_are_mapped_to_the_unit_interval_in_their_places(server, make):
 
 def test_no_completions_give_an_empty_matrix(make):
     assert make(rubrics=RUBRICS)([], []).shape == (0, 2)
+
+
+def test_certificates_are_checked_wherever_there_are_any(make):
+    contexts = [
+        client(url)._transport._pool._ssl_context
+        for url in ("https://judge.example", "HTTPS://judge.example", "http://127.0.0.1:1")
+        for client in (
+            lambda url: make(url=url)._client._client,
+            lambda url: VllmClient(url, timeout_s=1.0)._client,
+        )
+    ]
+    assert [context.verify_mode == ssl.CERT_REQUIRED for context in contexts] == [True] * 4 + [False] * 2
+    assert all(context.check_hostname for context in contexts[:4])
 
 
 def test_the_request_is_fixed_and_names_rubric_and_scale(server, make):

@@ -47,6 +47,7 @@ class JudgeClient:
             | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             timeout=timeout_s,
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            verify=self._url.lower().startswith("https:"),  # else there are no certificates to read
             follow_redirects=False,
             trust_env=False,
         )
