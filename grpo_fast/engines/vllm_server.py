@@ -118,7 +118,8 @@ class VllmServer:
     def _wait(self) -> None:
         limit = self._settings.start_timeout_s
         deadline = time.monotonic() + limit
-        with httpx2.Client(trust_env=False, timeout=5.0, verify=False) as client:  # plain HTTP to this machine
+        # plain HTTP to this machine: nothing to verify
+        with httpx2.Client(trust_env=False, timeout=5.0, verify=False) as client:
             while time.monotonic() < deadline:
                 if self._process is None or self._process.poll() is not None:
                     code = self._process.returncode if self._process else None
