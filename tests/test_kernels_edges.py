@@ -106,5 +106,5 @@ def test_the_host_leaves_out_what_it_knows_to_count_for_nothing() -> None:
 
 def test_a_threshold_below_zero_is_refused() -> None:
     assert LossConfig(off_policy_threshold=0.0).off_policy_threshold == 0.0
-    with pytest.raises(ValueError, match="off_policy_threshold must be not negative; got -0.5"):
+    with pytest.raises(ValueError, match=r"off_policy_threshold must be not negative; got -0\.5"):
         LossConfig(off_policy_threshold=-0.5)
