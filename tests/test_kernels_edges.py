@@ -88,16 +88,16 @@ def test_the_host_leaves_out_what_it_knows_to_count_for_nothing() -> None:
     anchored = LossConfig.preset("grpo", kl_coef=0.1)  # a token without advantage is pulled back all the same
     token, sequence = torch.tensor([1.0, 0.0, -2.0, 0.0]), torch.tensor([0.0, 3.0])
     bounds, mask = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 1, 0, 2])
-    away = {"device": "meta"}
+    away = torch.device("meta")
     for config, advantages, loss_mask, cu_seqlens, expected in (
         (on_policy, token, None, None, [True, False, True, False]),
         (on_policy, token, mask, None, [True, False, False, False]),
         (on_policy, token, mask != 0, bounds, [True, False, False, False]),
         (on_policy, sequence, None, bounds, [False, True, True, True]),
         (on_policy, sequence, mask, bounds, [False, True, False, True]),
-        (on_policy, sequence, mask, bounds.to(**away), [True, True, False, True]),
-        (on_policy, token.to(**away), mask, None, [True, True, False, True]),
-        (on_policy, token, mask.to(**away), None, [True, False, True, False]),
+        (on_policy, sequence, mask, bounds.to(away), [True, True, False, True]),
+        (on_policy, token.to(away), mask, None, [True, True, False, True]),
+        (on_policy, token, mask.to(away), None, [True, False, True, False]),
         (anchored, token, mask, None, [True, True, False, True]),
         (anchored, sequence, None, bounds, [True] * 4),
     ):
