@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError, wait
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,13 +97,14 @@ def test_no_completions_give_an_empty_matrix(make):
 
 
 def test_certificates_are_checked_wherever_there_are_any(make):
-    contexts = [
+    clients: list[Callable[[str], Any]] = [
+        lambda url: make(url=url)._client._client,
+        lambda url: VllmClient(url, timeout_s=1.0)._client,
+    ]
+    contexts: list[Any] = [
         client(url)._transport._pool._ssl_context
         for url in ("https://judge.example", "HTTPS://judge.example", "http://127.0.0.1:1")
-        for client in (
-            lambda url: make(url=url)._client._client,
-            lambda url: VllmClient(url, timeout_s=1.0)._client,
-        )
+        for client in clients
     ]
     assert [context.verify_mode == ssl.CERT_REQUIRED for context in contexts] == [True] * 4 + [False] * 2
     assert all(context.check_hostname for context in contexts[:4])
