@@ -21,7 +21,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.run import lock, metrics
 from grpo_fast.run.command import run_command
 from grpo_fast.run.metrics import RunLogger, read_rows, read_summary, reproducible
-from grpo_fast.run.progress import Progress, duration, si, sparkline
+from grpo_fast.run.progress import Curve, Progress, duration, si, sparkline
 from grpo_fast.shown import plain_text
 
 
@@ -372,3 +372,16 @@ def test_a_command_ends_with_one_line(raised, code, line, capsys):
     with pytest.raises(SystemExit) as exited:
         run_command(command)
     assert exited.value.code == code and capsys.readouterr().err == line
+
+
+def test_a_curve_of_any_length_keeps_its_ends_and_its_shape():
+    curve, few = Curve(), Curve()
+    for step in range(300):
+        few.add(float(step))
+    assert few.values() == [float(step) for step in range(300)]
+    for step in range(10_000):
+        curve.add(float(step))
+    values = curve.values()
+    assert curve.first == values[0] == 0.0 and curve.last == values[-1] == 9999.0
+    assert len(values) <= Curve.MOST + 2 and values == sorted(values)
+    assert sparkline(values, 8) == sparkline([float(step) for step in range(10_000)], 8)

@@ -1,5 +1,10 @@
 """Warnings of a run whose rewards stop meaning what they did."""
 
+import io
+import random
+import tracemalloc
+
+from grpo_fast.run.progress import Progress
 from grpo_fast.trust.watch import WINDOW, Watch, signs
 
 
@@ -63,3 +68,23 @@ def test_a_policy_that_is_still_nearer_than_at_its_start_is_left_alone():
 
 def test_steps_without_the_metrics_are_skipped():
     assert signs([{"loss": 1.0}] * 30) == {}
+
+
+def test_a_long_run_takes_no_more_room_than_a_short_one():
+    def room(steps: int) -> int:
+        draw = random.Random(0)
+        watch, progress = Watch(), Progress(["a"], file=io.StringIO())
+        progress.phase("grpo", steps)
+        tracemalloc.start()
+        for step in range(1, steps + 1):
+            row = {f"metric/{i}": draw.random() for i in range(20)}
+            row |= {"reward/a": draw.random(), "group_std/a": 1.0}
+            watch.step(row)
+            progress.file.seek(0)  # what is printed is not what is meant
+            progress.update(step, row)
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return taken
+
+    short = room(600)
+    assert room(1800) < short + 20_000  # bytes; a number kept of each step would take twice that

@@ -40,7 +40,7 @@ class Progress:
         self._phase, self._total, self._done_phases = "", 0, ""
         self._step, self._first_step, self._started = 0, 0, time.perf_counter()
         self._row: Mapping[str, Any] = {}
-        self._history: dict[str, list[float]] = {}
+        self._curves: dict[str, Curve] = {}
         self._sample: tuple[str, str] | None = None
 
     def __enter__(self) -> "Progress":
@@ -58,7 +58,7 @@ class Progress:
         """Begin a phase of `total` steps, of which a resumed run has `done` behind it, with these scalars."""
         self._phase, self._total, self._step, self._first_step = name, total, done, done
         self._started = time.perf_counter()
-        self._row, self._history = {}, {}
+        self._row, self._curves = {}, {}
         for row in earlier:
             self._remember(row)
         self._redraw()
@@ -73,9 +73,10 @@ class Progress:
             print(self._line(), file=self.file, flush=True)
 
     def _remember(self, scalars: Mapping[str, Any]) -> None:
-        for key, value in scalars.items():
+        for name in self.objectives:
+            value = scalars.get(f"reward/{name}")
             if isinstance(value, int | float) and math.isfinite(value):
-                self._history.setdefault(key, []).append(float(value))
+                self._curves.setdefault(name, Curve()).add(float(value))
 
     def message(self, text: str) -> None:
         """One line above the display (or among the plain lines)."""
@@ -96,9 +97,9 @@ class Progress:
             return "–"
         return duration((time.perf_counter() - self._started) / done * (self._total - self._step))
 
-    def _change(self, key: str) -> float:
-        values = self._history.get(key, [])
-        return values[-1] - values[0] if values else 0.0
+    def _change(self, name: str) -> float:
+        curve = self._curves.get(name)
+        return curve.last - curve.first if curve else 0.0
 
     def _numbers(self) -> list[tuple[str, str]]:
         """(label, value) of what the last step measured besides the rewards."""
@@ -115,7 +116,7 @@ class Progress:
     def _line(self) -> str:
         parts = [f"{self._phase} {self._step}/{self._total}"]
         parts += [
-            f"{name} {self._row[key]:.3f} ({self._change(key):+.3f})"
+            f"{name} {self._row[key]:.3f} ({self._change(name):+.3f})"
             for name in self.objectives
             if self._row.get(key := f"reward/{name}") is not None
         ]
@@ -128,14 +129,44 @@ class Progress:
 
     def _panel(self) -> Panel:
         parts: list[Any] = [heading(self._step, self._total, self._left())]
-        curves = {name: self._history.get(f"reward/{name}", []) for name in self.objectives}
-        if any(curves.values()):
+        curves = {name: self._curves[name].values() for name in self.objectives if name in self._curves}
+        if curves:
             parts += [Text(), curve_table(curves, self.console.width)]
         if numbers := self._numbers():
             parts += [Text(), number_line(numbers)]
         if self._sample:
             parts += [Text(), *sample_lines(*self._sample)]
         return framed(PHASE_TITLES.get(self._phase, self._phase) or "starting", parts)
+
+
+class Curve:
+    """The values of one number so far, in the same room however many: neighbours are averaged as they become more."""
+
+    MOST = 512
+
+    def __init__(self) -> None:
+        self.first = self.last = 0.0
+        self._means: list[float] = []
+        self._each = 1
+        """Values behind one mean"""
+        self._sum, self._count = 0.0, 0
+        """Of the values behind the next one"""
+
+    def add(self, value: float) -> None:
+        """The next value."""
+        self.first = value if not (self._means or self._count) else self.first
+        self.last = value
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count == self._each:
+            self._means.append(self._sum / self._count)
+            self._sum, self._count = 0.0, 0
+        if len(self._means) == self.MOST:
+            self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._each *= 2
+
+    def values(self) -> list[float]:
+        """The first value, the means, and the last value; as they were where they were few."""
+        return self._means if self._each == 1 else [self.first, *self._means, self.last]
 
 
 def framed(title: str, parts: Sequence[Any]) -> Panel:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from grpo_fast.trust.history import WINDOW, History, Row, Series, Values, mean
+from grpo_fast.trust.history import WINDOW, History, Row, Series, mean
 
 RECENT = 25
 """Steps within which a length that doubles has exploded; over hundreds of steps it may have been learned."""
@@ -104,73 +104,49 @@ def signs(rows: Sequence[Row], weights: Mapping[str, float] | None = None) -> di
 
     `weights`: of the objectives, negative where lower is better (default 1 each). Needs two windows of steps.
     """
-    return signs_of(History(rows), weights)
+    return signs_of(History(rows, weights=weights))
 
 
-def signs_of(
-    history: History, weights: Mapping[str, float] | None = None, *, said: Collection[str] = ()
-) -> dict[str, str]:
-    """`signs` of a history that grows, without those that were `said`; `weights` are the same every time."""
+def signs_of(history: History, *, said: Collection[str] = ()) -> dict[str, str]:
+    """`signs` of a history that grows, without those that were `said`."""
     found: dict[str, str] = {}
     if history.steps < 2 * WINDOW:
         return found
     for name, rule in RULES.items():
-        values = history.series(rule.metric).values
-        if name in said or len(values) < 2 * WINDOW:
+        series = history.series(rule.metric)
+        if name in said or series.count < 2 * WINDOW:
             continue
-        now = mean(values[-WINDOW:])
-        against = _against(values, rule.against)
+        now = series.means[-1]
+        against = _against(series, rule.against)
         if rule.broken(against, now):
-            began = _began(values, lambda value, rule=rule, against=against: rule.broken(against, value))
+            began = _began(series, lambda value, rule=rule, against=against: rule.broken(against, value))
             found[name] = rule.sentence.format(now=now, against=against, began=began)
     if "reward_collapse" not in said:
-        found |= _collapse(progress(history, weights or {}))
+        found |= _collapse(history.progress)
     if "no_spread" not in said:
         found |= _no_spread(history)
     return found
 
 
-def progress(history: History, weights: Mapping[str, float]) -> Series:
-    """Weighted mean of the objectives' rewards in each step, counted from the first WINDOW steps in standard deviations
-    of their groups, so that objectives of any unit add up."""
-    parts = []
-    for name in sorted(key.removeprefix("reward/") for key in history.first if key.startswith("reward/")):
-        values = history.series(f"reward/{name}").values
-        spread = [each for each in history.series(f"group_std/{name}").values if each[0] <= WINDOW]
-        if len(values) == history.steps and (scale := mean(spread)) > 0:
-            parts.append((name, values, mean(values[:WINDOW]), scale, weights.get(name, 1.0)))
-    names = tuple(name for name, *_ in parts)
-    if names != history.progress_of:  # an objective was not scored in some step: it counts no more
-        history.progress, history.progress_of = Series(), names
-    total = sum(abs(weight) for *_, weight in parts)
-    if not total:
-        return Series()
-    for step in range(len(history.progress.values), history.steps):
-        moved = sum(weight * (values[step][1] - start) / scale for _, values, start, scale, weight in parts)
-        history.progress.add(step + 1, moved / total)
-    return history.progress
-
-
 def _collapse(series: Series) -> dict[str, str]:
-    if not series.values:
+    if len(series.means) <= WINDOW:
         return {}
-    now = mean(series.values[-WINDOW:])
-    best, count = series.highest[-1 - WINDOW]  # of the windows before the last one
+    now = series.means[-1]
+    best, step = series.highest[-1 - WINDOW]  # of the windows before the last one
     if not (now < -DROP or (best - now > DROP and now < best / 3)):
         return {}
     return {
         "reward_collapse": f"the rewards have fallen back to {now:+.2f} standard deviations against the start, from "
-        f"{best:+.2f} at step {series.values[count - 1][0]}: go back to a checkpoint before that, with a lower "
+        f"{best:+.2f} at step {step}: go back to a checkpoint before that, with a lower "
         "optim.lr or a higher loss.kl_coef"
     }
 
 
 def _no_spread(history: History) -> dict[str, str]:
-    series = [history.series(key).values for key in history.last if key.startswith("group_std/")]
     shares = [
-        mean(values[-WINDOW:]) / start
-        for values in series
-        if len(values) >= 2 * WINDOW and (start := mean(values[:WINDOW])) > 0
+        series.means[-1] / start
+        for series in (history.series(key) for key in history.last if key.startswith("group_std/"))
+        if series.count >= 2 * WINDOW and (start := mean(series.start)) > 0
     ]
     share = mean(list(enumerate(shares)))
     if not shares or share >= 0.05:
@@ -181,18 +157,18 @@ def _no_spread(history: History) -> dict[str, str]:
     }
 
 
-def _against(values: Values, against: str) -> float:
+def _against(series: Series, against: str) -> float:
     if against == "start":
-        return mean(values[:WINDOW])
-    recent = values[-RECENT:-WINDOW]
+        return mean(series.start)
+    recent = series.last(RECENT)[:-WINDOW]
     means = [mean(recent[i : i + WINDOW]) for i in range(max(1, len(recent) - WINDOW + 1))]
     return min(means) if against == "lowest" else max(means)
 
 
-def _began(values: Values, broken: Callable[[float], bool]) -> int:
+def _began(series: Series, broken: Callable[[float], bool]) -> int:
     """The first step of the last stretch in which every step is broken by itself, or of the last window."""
-    began = values[-WINDOW][0]
-    for step, value in reversed(values):
+    began = series.latest[-WINDOW][0]
+    for step, value in reversed(series.latest):
         if not broken(value):
             break
         began = min(began, step)

@@ -48,7 +48,7 @@ def signs_of(history: History) -> dict[str, str]:
         )
     distance = history.series("distance")
     far = _windows(distance)
-    if far and far[0] > 0 and far[1] > max(DISTANCE_GROWTH * far[0], mean(distance.values[:WINDOW])):
+    if far and far[0] > 0 and far[1] > max(DISTANCE_GROWTH * far[0], mean(distance.start)):
         found["distance"] = (
             f"completions lie {far[1] / far[0]:.2f} times as far from what the reward model was trained on as they "
             "did: its scores are worth less there"
@@ -94,8 +94,7 @@ class Watch:
 
     def __init__(self, rows: Sequence[Row] = (), *, weights: Mapping[str, float] | None = None) -> None:
         """`rows`: the steps that an earlier process took; `weights`: the objectives' (see `degeneration.signs`)."""
-        self._history = History(rows)
-        self._weights = weights
+        self._history = History(rows, weights=weights)
         self._said = {
             key.removeprefix("warning/") for row in rows for key in row if key.startswith("warning/")
         }
@@ -104,7 +103,7 @@ class Watch:
         """The signs that this step shows for the first time."""
         self._history.add(dict(metrics))
         found = signs_of(self._history)
-        found |= degeneration.signs_of(self._history, self._weights, said=self._said)
+        found |= degeneration.signs_of(self._history, said=self._said)
         new = {name: text for name, text in found.items() if name not in self._said}
         self._said |= new.keys()
         return new
