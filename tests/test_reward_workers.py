@@ -47,13 +47,13 @@ MODULE = r"""
             if text == "leave": sys.exit(4)
             if text == "kill": os.kill(os.getpid(), signal.SIGKILL)
             if text == "memory": bytearray(1 << 33)
-            if text == "close": os.closerange(3, 100)
+            if text == "close": os.closerange(3, 1024)
             if text == "garbage":
-                for pipe in range(3, 30):
+                for pipe in range(3, 1024):
                     try: os.write(pipe, b"\0" * 7 + b"\2[]")
                     except OSError: pass
             if text == "huge answer":
-                for pipe in range(3, 30):
+                for pipe in range(3, 1024):
                     try: os.write(pipe, b"\xff" * 8)
                     except OSError: pass
         return scores

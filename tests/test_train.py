@@ -163,7 +163,7 @@ def test_sigterm_from_outside_saves_and_exits_130(tmp_path):
     process.send_signal(signal.SIGTERM)
     code, output = process.wait(60), (tmp_path / "said.txt").read_text()
     assert code == 130, output
-    assert "--resume" in output.splitlines()[-1]
+    assert "stopped; go on with: python -m grpo_fast.train --resume" in output
     last = read_rows(tmp_path / "t" / "metrics.jsonl")[-1]["step"]
     assert (tmp_path / "t" / "checkpoints" / f"step-{last:06d}").is_dir()
     assert (tmp_path / "t" / "report.html").is_file()
