@@ -22,6 +22,7 @@ from grpo_fast.optim.optimizer import Optimizer
 from grpo_fast.parallel.world import ALONE, World
 from grpo_fast.run import checkpoint
 from grpo_fast.run.live import Run
+from grpo_fast.run.lock import take_over
 from grpo_fast.run.metrics import RunLogger, read_summary, write_atomically
 from grpo_fast.run.saving import Saver
 
@@ -253,6 +254,7 @@ def resumed_logger(
     `phase` is what its checkpoints are of. UserError when it has taken its `steps` steps already; `longer` is the flag
     that makes it go on.
     """
+    lock = take_over(run_dir)
     path = checkpoint.latest(run_dir)
     if path is not None:
         checkpoint.check(path)
@@ -271,7 +273,7 @@ def resumed_logger(
     else:
         phase, step = "warm_start", 0
     return RunLogger.resume(
-        run_dir, phase=phase, step=step, config_toml=config_toml, wandb_project=wandb_project
+        run_dir, phase=phase, step=step, config_toml=config_toml, wandb_project=wandb_project, lock=lock
     )
 
 

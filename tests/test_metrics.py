@@ -18,11 +18,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_fast.errors import UserError
-from grpo_fast.run import lock, metrics
+from grpo_fast.run import checkpoint, lock, metrics
 from grpo_fast.run.command import run_command
 from grpo_fast.run.metrics import RunLogger, read_rows, read_summary, reproducible
 from grpo_fast.run.progress import Curve, Progress, duration, si, sparkline
 from grpo_fast.shown import plain_text
+from grpo_fast.state import resumed_logger
 
 
 def create(path) -> RunLogger:
@@ -42,6 +43,15 @@ def test_a_folder_that_is_being_written_is_held(tmp_path, monkeypatch):
         assert f"in use by process {os.getpid()}" in other.stderr
     with RunLogger.resume(run, phase="grpo", step=1):
         pass
+
+    def looked_at(*_):
+        raise AssertionError("a checkpoint that the other process is about to replace")
+
+    with create(tmp_path / "other") as log, monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "latest", looked_at)
+        log.step("grpo", 1, {"loss": 1.0})
+        with pytest.raises(UserError, match="in use by process"):
+            resumed_logger(tmp_path / "other", phase="grpo", longer="--run.steps", steps=3)
 
     def without_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -6,6 +6,7 @@ from io import FileIO
 from pathlib import Path
 
 from grpo_fast.errors import UserError
+from grpo_fast.run.inside import refuse_links
 
 try:
     import fcntl
@@ -41,3 +42,12 @@ def hold(run_dir: Path) -> FileIO:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
+
+
+def take_over(run_dir: Path) -> FileIO:
+    """The lock of a run's folder (`hold`), before anything in it is looked at: what another process has yet to
+    write would be missed. UserError where there is no run."""
+    if not (run_dir / "config.toml").is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no config.toml")
+    refuse_links(run_dir)
+    return hold(run_dir)

@@ -20,8 +20,7 @@ import torch
 
 from grpo_fast.errors import UserError
 from grpo_fast.run.follow import ENDING, note_ending
-from grpo_fast.run.inside import refuse_links
-from grpo_fast.run.lock import hold
+from grpo_fast.run.lock import hold, take_over
 from grpo_fast.run.progress import PHASES
 from grpo_fast.run.shapes import METRICS, SAMPLES, SUMMARY, Shape, is_finite, parsed
 from grpo_fast.typed import is_list, is_mapping, is_tuple
@@ -107,19 +106,18 @@ class RunLogger:
         step: int,
         config_toml: str | None = None,
         wandb_project: str | None = None,
+        lock: FileIO | None = None,
     ) -> "RunLogger":
         """Go on with a run from a checkpoint taken after `step` of `phase`, with `config_toml` from there on.
 
         What the run had logged after that point is removed, so that a resumed run's metrics read like those of a run
-        that was never interrupted: with the first thing that is written, and not before.
+        that was never interrupted: with the first thing that is written, and not before. `lock`: from `take_over`, by
+        whoever looked at the checkpoints.
         """
         path = Path(run_dir)
         if wandb_project:
             _import_wandb()
-        if not (path / "config.toml").is_file():
-            raise UserError(f"{path} is not a run folder: it has no config.toml")
-        refuse_links(path)
-        lock = hold(path)
+        lock = lock or take_over(path)
         reached = (PHASES.index(phase), step)
         metrics = [row for row in read_rows(path / "metrics.jsonl", METRICS) if _place(row) <= reached]
         samples = [row for row in read_rows(path / "samples.jsonl", SAMPLES) if _kept_sample(row, reached)]
