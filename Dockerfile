@@ -31,5 +31,7 @@ COPY configs configs
 
 RUN useradd --non-unique --uid "$UID" --create-home grpo && install -d -o grpo /work
 USER $UID
+# Where the base has another user of this number, its home would be taken.
+ENV HOME=/home/grpo
 WORKDIR /work
 ENTRYPOINT ["python", "-m", "grpo_fast.train"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.queue import PromptQueue
 from grpo_fast.engines.base import RolloutEngine
+from grpo_fast.errors import UserError
 from grpo_fast.rollout import Rollout, Timer, collect, refilled, rollout_of
 from grpo_fast.rollout_codec import Answers
 from grpo_fast.task import Task
@@ -64,12 +65,22 @@ class Pipeline:
         """The reverse: what `pending` gave is the next rollout."""
         if not plain:
             return
-        prompts = [self._task.prompts[index] for index in plain["prompts"]]
-        answers = Answers.of(tensors, plain)
-        rollout = rollout_of(prompts, answers, tensors["advantages"])
+        try:
+            prompts = [self._task.prompts[index] for index in plain["prompts"]]
+            answers = Answers.of(tensors, plain)
+            rollout = rollout_of(prompts, answers, tensors["advantages"])
+            metrics = dict(plain["metrics"])
+            self._queue.taken = plain["queue"]
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"the batch that was generated ahead cannot be taken up ({what}): its checkpoint was put together by "
+                "something else"
+            ) from error
         self._coming = Future()
-        self._coming.set_result((rollout, plain["metrics"]))
-        self._queue.taken = plain["queue"]
+        self._coming.set_result((rollout, metrics))
 
     def _index_of(self, rollout: Rollout) -> list[int]:
         places = {id(prompt): place for place, prompt in enumerate(self._task.prompts)}

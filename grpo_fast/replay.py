@@ -40,6 +40,9 @@ from grpo_fast.typed import floats, integers, is_tuple, named_modules
 
 SHOWN = 10
 
+MOST_PROCESSES = 1 << 16
+"""Of a run whose step is replayed: the micro-batches of each are packed"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dump:
@@ -66,8 +69,14 @@ def read_dump(path: Path) -> Dump:
         facts, batch = state["dump"], groups["batch"]
         if facts["version"] != VERSION:
             raise UserError(f"{path}: expected version {VERSION} of a dump, found {facts['version']!r}")
-        for name, least in (("step", 1), ("processes", 1), ("token_budget", 1), ("normalizer", 0)):
-            if not least <= facts[name] < 2**40:
+        many = 2**40
+        for name, least, most in (
+            ("step", 1, many),
+            ("processes", 1, MOST_PROCESSES),
+            ("token_budget", 1, many),
+            ("normalizer", 0, many),
+        ):
+            if not least <= facts[name] < most:
                 raise ValueError(f"{name} = {facts[name]!r}")
         known = {
             name: list(torch.split(batch[name], integers(batch["completion_lengths"])))

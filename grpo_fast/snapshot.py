@@ -6,6 +6,7 @@ other. States are named by their parameter's place in the optimizer, masters by 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,8 +136,10 @@ def _put_back(
 
     named, state, aliases = load_named(path, place, world)
     carried = [value for numbers in state["carried"].values() for value in numbers.values()]
-    if type(state["step"]) is not int or not all(isinstance(value, int | float) for value in carried):
-        raise ValueError("its state holds no step, or carries what is no number")
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in carried):
+        raise ValueError("its state carries what is no number")
+    if type(state["step"]) is not int or path.name != f"step-{state['step']:06d}":
+        raise ValueError(f"its state is that of step {state['step']!r}")
     named |= {alias: named[name] for alias, name in aliases.items()}
     for name, parameter in own.items():
         saved = named.get(name)

@@ -5,7 +5,8 @@ multipliers of rewards with a floor, the place among the prompts) goes into `car
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from grpo_fast import snapshot
 from grpo_fast.config.settings import TrainConfig
+from grpo_fast.data.prompts import Prompt
 from grpo_fast.errors import HalfUpdated, UserError
 from grpo_fast.evaluate import Evaluation
 from grpo_fast.optim.optimizer import Optimizer
@@ -77,10 +79,12 @@ def save(
     form: str = "sharded",
     ahead: Ahead | None = None,
     saver: Saver | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the checkpoint of `step` finished steps; of `model` it holds what is trained (with LoRA the adapter).
 
-    With a `saver` that writes aside this returns as soon as everything has been copied to the host.
+    With a `saver` that writes aside this returns as soon as everything has been copied to the host. `before`: what the
+    first process does where it is written, ahead of it.
     """
     tensors, plain = ahead.pending() if ahead is not None else ({}, {})
     state = {
@@ -91,7 +95,12 @@ def save(
     saver = saver or Saver(aside=False)
     saver.wait()  # two copies at once would take twice the host's memory
     taken = snapshot.take(model, optimizer, state, world=world, form=form, copy=saver.is_aside, extra=tensors)
-    saver.write(lambda: taken.write(run_dir, step, keep=keep, world=world))
+
+    def write() -> None:
+        world.first(before, saving=True)
+        taken.write(run_dir, step, keep=keep, world=world)
+
+    saver.write(write)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,17 @@ def restore(
     for name, numbers in (carried or {}).items():
         numbers.update(state["carried"].get(name, {}))
     return Restored(int(state["step"]), tensors, state.get("ahead", {}))
+
+
+def check_data(known: dict[str, float], **prompts: Sequence[Prompt]) -> None:
+    """UserError where a run is to go on with other prompts than it began with; its checkpoints carry `known`."""
+    for name, those in prompts.items():
+        found = float(zlib.crc32("\0".join(prompt.text for prompt in those).encode(errors="replace")))
+        if known.setdefault(name, found) != found:
+            raise UserError(
+                f"the {name} prompts are not those that the run began with: put the files back as they were "
+                "(data.prompts, data.eval_prompts), or begin a new run"
+            )
 
 
 class Steps:
@@ -226,6 +246,7 @@ class Steps:
                 form=self._form,
                 ahead=self._ahead,
                 saver=self._saver,
+                before=self._run.logger.sync,
             )
             self._refused = False
 

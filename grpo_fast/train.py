@@ -20,6 +20,7 @@ from grpo_fast.constraint import Multipliers
 from grpo_fast.data.queue import PromptQueue
 from grpo_fast.dumps import Dumps
 from grpo_fast.engines.choose import engine_of, generating
+from grpo_fast.errors import UserError
 from grpo_fast.evaluate import evaluate, means
 from grpo_fast.fit import fitted
 from grpo_fast.grpo import update
@@ -31,10 +32,12 @@ from grpo_fast.pipeline import Pipeline
 from grpo_fast.plan import print_plan
 from grpo_fast.rollout import rollout_metrics
 from grpo_fast.run.command import prepare_libraries, run_command
+from grpo_fast.run.follow import note_ending
 from grpo_fast.run.live import Run, opened, run_to_the_end
 from grpo_fast.run.metrics import RunLogger
 from grpo_fast.state import (
     Steps,
+    check_data,
     goes_ahead,
     is_due,
     restore,
@@ -85,8 +88,9 @@ def train(config: TrainConfig, inputs: Inputs, run: Run) -> int:
     multipliers = Multipliers(
         task.scorer.names, task.scorer.weights, config.reward.floors, lr=config.reward.floor_lr
     )
-    carried = {"multipliers": multipliers.state, "prompts": {}, "budget": {}}
+    carried = {"multipliers": multipliers.state, "prompts": {}, "budget": {}, "data": {}}
     restored = restore(run.path, policy.model, optimizer, carried, world=run.world)
+    check_data(carried["data"], training=task.prompts, heldout=task.heldout)
     first = restored.step
     budget = TokenBudget(
         config.optim.token_budget,
@@ -215,6 +219,7 @@ def _command(argv: list[str] | None) -> int:
             return 0
         logger = opened(world, lambda: _logger(config, asked.resume))
         end.advice = f"go on with --resume {logger.path}"
+        end.note = lambda line: note_ending(logger.path, UserError(line))
         return run_to_the_end(logger, TRAIN.module, lambda run: train(config, inputs, run), world=world)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from grpo_fast import state
+from grpo_fast.data.prompts import Prompt
 from grpo_fast.errors import UserError
 from grpo_fast.grpo import update
 from grpo_fast.models.lora import LoraSettings
@@ -170,3 +171,52 @@ def test_a_disk_that_is_full_for_one_process_stops_the_save_for_all(found):
             problem, *left = rank["full disk"]
             assert "No space left" in problem and "step-000001" in problem
             assert left == ["step-000001"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"step": 2}, "its state is that of step 2"),
+        ({"step": -3}, "its state is that of step -3"),
+        ({"step": 1.0}, "its state is that of step 1.0"),
+        ({"carried": {"budget": {"tokens": float("nan")}}}, "carries what is no number"),
+        ({"carried": {"budget": {"tokens": "many"}}}, "carries what is no number"),
+    ],
+)
+def test_a_whole_checkpoint_with_an_impossible_state_is_refused(tmp_path, changed, message):
+    made, optimizer = trained(ALONE, {"family": "llama"}, "adamw")
+    step(made, optimizer, 1)
+    state.save(tmp_path, 1, made.model, optimizer, keep=1)
+    groups, plain = checkpoint.load(tmp_path / "checkpoints" / "step-000001")
+    checkpoint.save(tmp_path, 1, groups, plain | changed)
+    with pytest.raises(UserError, match=message):
+        state.restore(tmp_path, made.model, optimizer)
+
+
+def test_what_a_checkpoint_rests_on_is_on_the_disk_before_it(tmp_path):
+    made, optimizer = trained(ALONE, {"family": "llama"}, "adamw")
+
+    def refuses() -> None:
+        assert checkpoint.latest(tmp_path) is None
+        raise UserError("the log does not reach the disk")
+
+    saver = Saver(aside=True)
+    with pytest.raises(UserError, match="the log does not"):
+        state.save(tmp_path, 1, made.model, optimizer, keep=1, saver=saver, before=refuses)
+        saver.wait()
+    saver.close()
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_other_prompts_than_the_run_began_with_are_refused():
+    def prompts(*texts: str) -> list[Prompt]:
+        return [Prompt(text, [1], None, {}) for text in texts]
+
+    known: dict[str, float] = {}
+    state.check_data(known, training=prompts("a", "b"), heldout=prompts("c"))
+    state.check_data(known, training=prompts("a", "b"), heldout=prompts("c"))
+    assert known.keys() == {"training", "heldout"}
+    for name, changed in (("training", prompts("b", "a")), ("heldout", prompts("c", "d"))):
+        given = {"training": prompts("a", "b"), "heldout": prompts("c"), name: changed}
+        with pytest.raises(UserError, match=f"the {name} prompts are not those"):
+            state.check_data(dict(known), **given)

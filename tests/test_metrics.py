@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from grpo_fast.errors import UserError
 from grpo_fast.run import checkpoint, lock, metrics
 from grpo_fast.run.command import run_command
+from grpo_fast.run.follow import ENDING
 from grpo_fast.run.metrics import RunLogger, read_rows, read_summary, reproducible
 from grpo_fast.run.progress import Curve, Progress, duration, si, sparkline
 from grpo_fast.shown import plain_text
@@ -395,3 +396,32 @@ def test_a_curve_of_any_length_keeps_its_ends_and_its_shape():
     assert curve.first == values[0] == 0.0 and curve.last == values[-1] == 9999.0
     assert len(values) <= Curve.MOST + 2 and values == sorted(values)
     assert sparkline(values, 8) == sparkline([float(step) for step in range(10_000)], 8)
+
+
+def test_a_new_folder_appears_with_its_settings_or_not_at_all(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot create run folder .*No space left"):
+            create(tmp_path / "r")
+    assert not list(tmp_path.iterdir())
+    script = (
+        "import os, sys; from pathlib import Path; from grpo_fast.run.lock import begin\n"
+        "os.fsync = lambda _: os._exit(9)\nbegin(Path(sys.argv[1]), 'name = 1')"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "r")], check=False).returncode == 9
+    assert not (tmp_path / "r").exists()
+    with create(tmp_path / "r") as log:
+        log.step("grpo", 1, {"loss": 1.0})
+    with pytest.raises(UserError, match="already exists; go on with it"):
+        create(tmp_path / "r")
+
+
+def test_a_second_signal_is_no_stop_with_everything_saved(tmp_path):
+    log = create(tmp_path / "r")
+    with pytest.raises(KeyboardInterrupt), log:
+        log.step("grpo", 1, {"loss": 1.0})
+        raise KeyboardInterrupt
+    assert (tmp_path / "r" / ENDING).read_text().startswith("failed: interrupted in the middle of a step")

@@ -6,6 +6,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ import torch
 from grpo_fast.config.resolve import mismatch_limit
 from grpo_fast.config.settings import TrainConfig
 from grpo_fast.data.prompts import Prompt
+from grpo_fast.data.queue import PromptQueue
 from grpo_fast.engines import run as generation
 from grpo_fast.engines.base import Sampling
 from grpo_fast.engines.local import LocalEngine
 from grpo_fast.engines.separate import SeparateEngine
 from grpo_fast.errors import UserError
 from grpo_fast.grpo import check_mismatch, token_weighted
+from grpo_fast.pipeline import Pipeline
 from grpo_fast.rewards.overlong import Overlong
 from grpo_fast.rollout import refilled
 from grpo_fast.run.live import Run
@@ -315,3 +318,13 @@ def test_the_effective_sample_size():
     assert token_weighted([torch.zeros(())], [found])["mismatch_ess"] == pytest.approx(
         expected.item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "plain", [{"x": 1}, {"prompts": [99]}, {"prompts": "no"}, {"prompts": [0], "metrics": 3}]
+)
+def test_a_batch_ahead_that_is_none_is_one_line(plain):
+    pipeline = object.__new__(Pipeline)
+    pipeline._task, pipeline._queue = SimpleNamespace(prompts=["p"]), PromptQueue(1, 0)  # type: ignore[assignment]
+    with pytest.raises(UserError, match="generated ahead cannot be taken up"):
+        pipeline.take_up({}, plain)

@@ -3,10 +3,12 @@
 import math
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_fast.data.queue import PromptQueue
+from grpo_fast.errors import UserError
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,3 +79,29 @@ def test_state_moves_with_settle_alone_and_brings_a_queue_back():
     assert queue.state == saved
     again = PromptQueue(12, 5, rest=2, state=dict(saved))
     assert [again.take(5), again.take(5)] == [coming, queue.take(5)]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"place": -5},
+        {"place": float("nan")},
+        {"place": 0.5},
+        {"place": 1e300},
+        {"place/1": 1},
+        {"rest/1": 1e300},
+        {"rest/1": 3},
+        {"rest/6": 1},
+        {"rest/x": 1},
+        {"flat/-1": 1},
+        {"else": 1},
+    ],
+    ids=str,
+)
+def test_a_place_that_no_queue_has_is_refused(state):
+    with pytest.raises(UserError, match="place among its 6 prompts is damaged"):
+        PromptQueue(6, 0, rest=2, state=dict(state))
+    queue = PromptQueue(6, 0, rest=2)
+    with pytest.raises(UserError, match="damaged"):
+        queue.taken = state
+    PromptQueue(6, 0, rest=2, state={"place": 7, "rest/1": 2, "flat/1": 5})

@@ -184,12 +184,15 @@ def test_a_dump_that_is_damaged_or_none_is_one_line(tmp_path: Path, capsys, monk
         broken = {**groups, "batch": {**groups["batch"], name: value}}
         path = checkpoint.save(tmp_path / "broken", 1, broken, state, kind="dumps")
         assert exit_code(main, path, "--model", tmp_path / "start") == 2, name
+    crowd = {**state, "dump": {**state["dump"], "processes": 2**39}}
+    path = checkpoint.save(tmp_path / "crowd", 1, groups, crowd, kind="dumps")
+    assert exit_code(main, path, "--model", tmp_path / "start") == 2
     with (dump / "batch.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
     assert exit_code(main, dump) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 7 and all(line.startswith("error: ") for line in lines)
+    assert len(lines) == 8 and all(line.startswith("error: ") for line in lines)
 
 
 def test_a_run_goes_on_over_skipped_steps_and_stops_after_too_many(tmp_path: Path, monkeypatch, capsys):

@@ -199,6 +199,8 @@ def parse(argv: Sequence[str] | None = None, command: Command[Config] = TRAIN) -
         if not recipe.is_file():
             found = "has no config.toml" if resume.is_dir() else "does not exist"
             raise UserError(f"--resume must be the folder of a run, {resume} {found}")
+        if not recipe.stat().st_size:
+            raise UserError(f"{recipe} is empty: put the run's settings back, or begin a new run")
         if sections := set(tables(recipe)) - command.schema.sections:
             raise UserError(
                 f"--resume {resume}: its config.toml has [{min(sections)}], so it is a run of another command than "

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo_fast.errors import UserError
+
+LARGEST = 2**53
+"""Of the whole numbers that JSON's floating point keeps apart"""
+
 
 class PromptQueue:
     """An endless order of `n` prompts, new each epoch; a pure function of the seed and of what was recorded.
@@ -22,7 +27,7 @@ class PromptQueue:
     def __init__(self, n: int, seed: int, *, rest: int = 0, state: dict[str, float] | None = None) -> None:
         self._n, self._seed, self._rest = n, seed, rest
         self.state: dict[str, float] = {} if state is None else state
-        self._now = dict(self.state)
+        self.taken = self.state
 
     def take(self, count: int) -> list[int]:
         """The next `count` prompts; an epoch may end among them."""
@@ -55,6 +60,15 @@ class PromptQueue:
 
     @taken.setter
     def taken(self, state: dict[str, float]) -> None:
+        for name, number in state.items():
+            kind, _, prompt = name.partition("/")
+            most = {"place": LARGEST, "flat": LARGEST, "rest": self._rest}.get(kind, -1)
+            known = not prompt if kind == "place" else prompt.isdecimal() and int(prompt) < self._n
+            if not (known and 0 <= number <= most and number == int(number)):
+                raise UserError(
+                    f"the run's place among its {self._n} prompts is damaged ({name} = {number!r}): its checkpoint was "
+                    "put together by something else"
+                )
         self._now = dict(state)
 
     def settle(self) -> None:

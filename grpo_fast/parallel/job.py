@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,8 @@ class Ending:
 
     advice: str = ""
     """How to go on; empty until there is something to go on with."""
+    note: Callable[[str], None] = lambda line: None
+    """Keeps the line that is said, where there is a place for it."""
 
     def terminated(self, *_: object) -> None:
         """SIGTERM, where the run itself does not listen: before it begins it ends the process, afterwards nothing.
@@ -57,6 +59,8 @@ def job(device: torch.device) -> Generator[tuple[World, Ending], None, None]:
             _leave(2)
         except Exception:
             lost = heartbeat.lost()
+            if lost and world.is_first:
+                ending.note(lost)
             if heartbeat.claims():
                 print(f"error: {lost}" if lost else traceback.format_exc(), file=sys.stderr)
             _leave(LOST)

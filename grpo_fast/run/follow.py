@@ -113,7 +113,9 @@ def standing(folder: Path, *, patience_s: float) -> Standing:
 def note_ending(folder: Path, error: BaseException | None = None) -> None:
     """Leave behind, for whoever looks at the folder, that the run was stopped, or by what `error` it failed."""
     said = "stopped"
-    if error is not None and not isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt):
+        said = "failed: interrupted in the middle of a step: the last checkpoint counts"
+    elif error is not None:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         said = f"failed: {error_line(f'{kind}{error}')}"
     with suppress(OSError):  # a full disk may be what ended it

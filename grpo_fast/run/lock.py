@@ -1,6 +1,7 @@
 """One process at a time writes into a run's folder."""
 
 import os
+import shutil
 import socket
 from io import FileIO
 from pathlib import Path
@@ -42,6 +43,26 @@ def hold(run_dir: Path) -> FileIO:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
+
+
+def begin(run_dir: Path, config_toml: str) -> FileIO:
+    """The lock of a new run's folder, which appears with its `config.toml` or not at all; UserError where it exists."""
+    aside = run_dir.with_name(f".{run_dir.name}.new-{os.getpid()}")
+    try:
+        if run_dir.exists() or run_dir.is_symlink():
+            raise UserError(f"run folder {run_dir} already exists; go on with it: --resume {run_dir}")
+        shutil.rmtree(aside, ignore_errors=True)  # of a process of this number that was killed
+        aside.mkdir(parents=True)
+        lock = hold(aside)
+        with (aside / "config.toml").open("x", encoding="utf-8") as file:
+            file.write(config_toml)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(run_dir)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"cannot create run folder {run_dir}: {error.strerror or error}") from error
+    return lock
 
 
 def take_over(run_dir: Path) -> FileIO:

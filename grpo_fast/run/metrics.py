@@ -20,7 +20,7 @@ import torch
 
 from grpo_fast.errors import UserError
 from grpo_fast.run.follow import ENDING, note_ending
-from grpo_fast.run.lock import hold, take_over
+from grpo_fast.run.lock import begin, take_over
 from grpo_fast.run.progress import PHASES
 from grpo_fast.run.shapes import METRICS, SAMPLES, SUMMARY, Shape, is_finite, parsed
 from grpo_fast.typed import is_list, is_mapping, is_tuple
@@ -79,14 +79,7 @@ class RunLogger:
         if wandb_project:
             _import_wandb()
         made_parent = not path.parent.exists()
-        try:
-            path.mkdir(parents=True)
-            lock = hold(path)
-            (path / "config.toml").write_text(config_toml, encoding="utf-8")
-        except FileExistsError:
-            raise UserError(f"run folder {path} already exists; go on with it: --resume {path}") from None
-        except OSError as error:
-            raise UserError(f"cannot create run folder {path}: {error.strerror or error}") from error
+        lock = begin(path, config_toml)
         return cls(
             path,
             wandb_project=wandb_project,
@@ -212,6 +205,14 @@ class RunLogger:
         `judge` (or None), `kind` (or None), `finish_reason`."""
         self._append("samples.jsonl", rows)
 
+    def sync(self) -> None:
+        """What was logged reaches the disk: before a checkpoint does, whose steps it is of."""
+        try:
+            for file in self._files.values():
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write into {self.path}: {error.strerror or error}") from error
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write `summary.json`, whole or not at all. `wall_s` and `phase_s` are filled in when not given."""
         self._append("metrics.jsonl", [])
@@ -298,7 +299,9 @@ def read_rows(path: Path | str, shape: Shape | None = None) -> list[dict[str, An
         except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: expected one JSON object ({error})") from error
+            raise UserError(
+                f"{path}, line {number}: expected one JSON object ({error}); mend the line or take it out"
+            ) from error
         rows.append(row)
     return rows
 

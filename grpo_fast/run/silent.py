@@ -27,6 +27,9 @@ class SilentLogger:
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Nothing."""
 
+    def sync(self) -> None:
+        """Nothing."""
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Nothing."""
 
