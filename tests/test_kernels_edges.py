@@ -108,3 +108,16 @@ def test_a_threshold_below_zero_is_refused() -> None:
     assert LossConfig(off_policy_threshold=0.0).off_policy_threshold == 0.0
     with pytest.raises(ValueError, match=r"off_policy_threshold must be not negative; got -0\.5"):
         LossConfig(off_policy_threshold=-0.5)
+
+
+def test_blocks_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the smallest nor the whole vocabulary, and no whole number of bytes in a row."""
+    monkeypatch.setattr(torch_head, "BLOCK_BYTES", 4 * 4 * 300 + 8)
+    hidden, weight = torch.randn(4, 3), torch.randn(1000, 3)
+    targets = torch.tensor([0, 299, 300, 999])
+    for found, true in zip(
+        linear_logprob(hidden, weight, targets, backend="torch"),
+        reference.linear_logprob(hidden.double(), weight.double(), targets),
+        strict=True,
+    ):
+        torch.testing.assert_close(found.double(), true, atol=1e-5, rtol=0)

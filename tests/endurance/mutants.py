@@ -33,6 +33,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import commit
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "grpo_kernels"
 RESULTS = Path(__file__).parent / "results" / "mutants.json"
@@ -319,6 +321,7 @@ def record(rows: list[dict[str, Any]], there: int, seed: int) -> dict[str, Any]:
     return {
         "mutants": there,
         **counts(rows),
+        "commit": commit(),
         "seed": seed,
         "seconds": round(sum(row["seconds"] for row in rows)),
         "by_time_limit": sum(row["by"] == "time limit" for row in rows),
