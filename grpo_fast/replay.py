@@ -39,7 +39,6 @@ from grpo_fast.task import lora_settings
 from grpo_fast.typed import floats, integers, is_tuple, named_modules
 
 SHOWN = 10
-
 MOST_PROCESSES = 1 << 16
 """Of a run whose step is replayed: the micro-batches of each are packed"""
 
@@ -69,13 +68,8 @@ def read_dump(path: Path) -> Dump:
         facts, batch = state["dump"], groups["batch"]
         if facts["version"] != VERSION:
             raise UserError(f"{path}: expected version {VERSION} of a dump, found {facts['version']!r}")
-        many = 2**40
-        for name, least, most in (
-            ("step", 1, many),
-            ("processes", 1, MOST_PROCESSES),
-            ("token_budget", 1, many),
-            ("normalizer", 0, many),
-        ):
+        for name, least in (("step", 1), ("processes", 1), ("token_budget", 1), ("normalizer", 0)):
+            most = MOST_PROCESSES if name == "processes" else 2**40
             if not least <= facts[name] < most:
                 raise ValueError(f"{name} = {facts[name]!r}")
         known = {

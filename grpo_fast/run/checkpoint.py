@@ -99,9 +99,8 @@ class Folder:
         """Make the hidden folder; what a process that was killed while it saved has left is put back or goes away."""
         if not self.parent.is_dir():
             self.parent.mkdir(parents=True)
-            fsync_folder(
-                self.parent.parent
-            )  # else a power cut could take every checkpoint with the folder's name
+            # else a power cut could take every checkpoint with the folder's name
+            fsync_folder(self.parent.parent)
         refuse_links(self.parent.parent)
         for replaced in self.parent.glob(".step-*.replaced"):
             place = self.parent / replaced.name.removeprefix(".").removesuffix(".replaced")
